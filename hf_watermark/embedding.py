@@ -1,0 +1,385 @@
+"""Embedding while a model trains, in any PyTorch loop: `WatermarkLoss`.
+
+The mark lives in the parameters alone: nothing is registered on the module, no hook is set, and
+detaching leaves the `state_dict` and the module as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_watermark.carriers import (
+    Carrier,
+    check_capacity,
+    choose_carriers,
+    named_carriers,
+)
+from hf_watermark.errors import AttachError, CarrierError, ShardedParameterError
+from hf_watermark.extraction import Extraction, Reading
+from hf_watermark.key import OwnerKey
+from hf_watermark.projections import Doubles, Projection
+from hf_watermark.scheme import Scheme
+
+__all__ = ["Measurement", "WatermarkLoss", "least_change", "unwrapped_parameters"]
+
+# Which keys are attached to which module: attaching the same one twice would push twice as hard.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+_PASSES = 4  # rescaling to the old norm moves responses by d^2 / 2: two passes nearly always do
+_TOLERANCE = 1e-3  # of the margin
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How the mark stands now.
+
+    Attributes:
+        ber: Bit error rate, 0 to 1.
+        margin: The smallest s_t z_t, in natural sigmas; negative where a bit is wrong.
+        log10_p: log10 of the deciding statistic's tail.
+    """
+
+    ber: float
+    margin: float
+    log10_p: float
+
+
+def unwrapped_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the plain model, whatever wraps it (DDP, torch.compile)."""
+    while isinstance(getattr(model, "_orig_mod", None), nn.Module) or isinstance(
+        model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    ):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return {
+        name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()
+    }
+
+
+def least_change(deficit: Doubles, gram: Doubles) -> Doubles:
+    """The least a >= 0 (in the metric of `gram`) with gram a >= deficit.
+
+    The dual of: the smallest change of the carriers that lifts every bit to its margin. Solved by
+    accelerated projected gradient in T dimensions; the carriers themselves are not touched.
+
+    Args:
+        deficit: How much every bit lacks, (T,); negative where it has more than enough.
+        gram: Inner products of the bits' directions, (T, T), positive definite.
+
+    Returns:
+        a, (T,) float64.
+    """
+    step = 1.0 / float(np.linalg.eigvalsh(gram)[-1])
+    a = np.maximum(deficit, 0.0)
+    previous, momentum = a, 1.0
+    for _ in range(500):
+        faster = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * momentum * momentum))
+        point = a + (momentum - 1.0) / faster * (a - previous)
+        previous, momentum = a, faster
+        a = np.maximum(point + step * (deficit - gram @ point), 0.0)
+        if float(np.max(np.abs(a - previous))) <= 1e-7 * (1.0 + float(np.max(a))):
+            break
+    return a
+
+
+class WatermarkLoss:
+    """The mark of one key in one model while it trains.
+
+    ```python
+    watermark = WatermarkLoss(model, key)
+    loss = watermark(task_loss)
+    accelerator.backward(loss)
+    optimizer.step()
+    watermark.step()
+    ...
+    watermark.detach()
+    ```
+
+    With `embedding="projection"` (the default) the call returns the task's loss as it is and `step`
+    changes the carriers; with `hinge` and `bce` the call adds the term of Uchida et al. 2017,
+    equation 3 (summed over bits), and `step` does nothing. In evaluation mode neither does anything.
+
+    Args:
+        model: Any module; DDP and torch.compile wrappers are seen through.
+        key: The owner's key, or a recipient's.
+        scheme: None takes `Scheme()`.
+        carriers: Names of the parameters that carry the mark; None chooses (`choose_carriers`).
+        every: How many calls of `step` share one projection.
+
+    Raises:
+        ModelTooSmallError: If the carriers cannot hold the scheme's bits.
+        CarrierError: If a carrier is missing, frozen or not floating point.
+        ShardedParameterError: If a carrier is sharded.
+        AttachError: If this key is attached to this module already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        key: OwnerKey,
+        scheme: Scheme | None = None,
+        *,
+        carriers: Sequence[str] | None = None,
+        every: int = 10,
+    ) -> None:
+        if not isinstance(key, OwnerKey):
+            raise AttachError("The key is no OwnerKey", got=type(key).__name__)
+        if every < 1:
+            raise AttachError("every is out of range", expected="1 or more", got=every)
+        self.model = model
+        self.key = key
+        self.scheme = Scheme() if scheme is None else scheme
+        self.every = every
+        self.steps = 0
+        parameters = unwrapped_parameters(model)
+        for name, parameter in parameters.items():
+            _refuse_shards(name, parameter)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.secret_carriers = carriers is not None
+        self.carriers: tuple[Carrier, ...] = (
+            choose_carriers(shapes) if carriers is None else named_carriers(shapes, carriers)
+        )
+        check_capacity(self.carriers, self.scheme)
+        self._parameters = [parameters[carrier.name] for carrier in self.carriers]
+        for carrier, parameter in zip(self.carriers, self._parameters, strict=True):
+            _refuse_unusable(carrier, parameter)
+        self.projection = Projection(key, self.scheme, self.carriers)
+        self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._gram: Doubles | None = None
+        self._register(model, key)
+
+    def _register(self, model: nn.Module, key: OwnerKey) -> None:
+        keys = _ATTACHED.setdefault(model, set())
+        if key.fingerprint in keys:
+            raise AttachError(
+                f"The key {key.fingerprint} is attached to this model already",
+                do="detach() the first WatermarkLoss, or go on using it",
+            )
+        keys.add(key.fingerprint)
+        self._attached = True
+
+    def __call__(self, task_loss: Tensor) -> Tensor:
+        """The loss to go backward from: with the mark's term added where the scheme has one.
+
+        Args:
+            task_loss: A scalar. Not divided by accumulation steps: `Accelerator.backward` does it.
+
+        Raises:
+            AttachError: After `detach`.
+        """
+        self._check_attached()
+        if self.scheme.embedding == "projection" or not self.model.training:
+            return task_loss
+        return task_loss + self.penalty().to(task_loss.device)
+
+    def penalty(self) -> Tensor:
+        """The weighted term that `hinge` and `bce` add: a float32 scalar with its graph.
+
+        `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is in
+        natural sigmas, except for `mean` with `bce`, which is the paper's own z = X w on raw weights.
+        """
+        device = self._parameters[0].device
+        signs = torch.as_tensor(self.projection.message_signs, dtype=torch.float32, device=device)
+        # Autocast would round the responses to 8 bits of mantissa.
+        with torch.autocast(device_type=device.type, enabled=False):
+            raw_bce = self.scheme.statistic == "mean" and self.scheme.embedding == "bce"
+            agreement = signs * self.responses(natural=not raw_bce)
+            if self.scheme.embedding == "bce":
+                total = nn.functional.softplus(-agreement).sum()
+            else:
+                total = torch.relu(self.projection.margin - agreement).sum()
+            return (self.scheme.weight or 0.0) * total
+
+    def responses(self, *, natural: bool = True) -> Tensor:
+        """z, (T,) float32, differentiable with respect to the carriers.
+
+        Args:
+            natural: In natural sigmas; otherwise raw, which differs only for `mean`.
+        """
+        device = self._parameters[0].device
+        z = torch.zeros(self.scheme.bits, device=device)
+        means = []
+        for i, (carrier, parameter) in enumerate(zip(self.carriers, self._parameters, strict=True)):
+            _refuse_shards(carrier.name, parameter)
+            w = parameter.reshape(carrier.rows, carrier.columns).float()
+            u, x = self._tensors(i, parameter.device)
+            if self.scheme.statistic == "mean":
+                means.append(w.mean(dim=0))
+                z = z + (x @ means[-1]).to(device)
+                continue
+            norm = w.square().mean().sqrt() * math.sqrt(carrier.rows)
+            z = z + ((x * (u.T @ w)).sum(dim=1) / norm).to(device)
+        if means and natural:
+            square = torch.cat([mean.to(device) for mean in means]).square().mean()
+            z = z / (self.projection.taps * square).sqrt()
+        return z
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Call after `optimizer.step()`: every `every`-th call brings the bits to their margins.
+
+        Does nothing for `hinge` and `bce`, in evaluation mode, or while a carrier holds NaN or Inf,
+        which the mark must not hide.
+        """
+        self._check_attached()
+        if not self.model.training:
+            return
+        if self.steps % self.every == 0:
+            self.project()
+        self.steps += 1
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """The smallest change of the carriers that brings every bit to its margin, now.
+
+        W_i += sum_t a_t s_t u_it x_it^T rms(W_i) / sqrt(out_i) with the least a >= 0 that reaches
+        the margins, then back to the norm that W_i had: a test of weight norms sees nothing.
+        """
+        self._check_attached()
+        if self.scheme.embedding != "projection":
+            return
+        margin, signs = self.projection.margin, self.projection.message_signs
+        for _ in range(_PASSES):
+            z = self.responses().double().cpu().numpy()
+            deficit = margin - signs * z
+            if not np.isfinite(z).all() or float(deficit.max()) <= _TOLERANCE * margin:
+                return
+            gram = self._signed_gram()
+            self._change(least_change(deficit, gram) * signs)
+
+    def _change(self, v: Doubles) -> None:
+        if self.scheme.statistic == "mean":
+            self._change_mean(v)
+            return
+        for i, (carrier, parameter) in enumerate(zip(self.carriers, self._parameters, strict=True)):
+            u, x = self._tensors(i, parameter.device)
+            w = parameter.detach().reshape(carrier.rows, carrier.columns).float()
+            before = w.norm()
+            size = before / math.sqrt(w.numel()) / math.sqrt(carrier.rows)
+            coefficients = torch.as_tensor(v, dtype=torch.float32, device=w.device)
+            w = torch.addmm(w, u * (coefficients * size), x)
+            w *= before / w.norm()
+            parameter.copy_(w.reshape(parameter.shape))
+
+    def _change_mean(self, v: Doubles) -> None:
+        """Moving every row by the same vector moves the mean by it: the least change that does."""
+        weights = [
+            parameter.detach().reshape(carrier.rows, carrier.columns).float()
+            for carrier, parameter in zip(self.carriers, self._parameters, strict=True)
+        ]
+        square = torch.cat([w.mean(dim=0).cpu() for w in weights]).square().mean()
+        scale = float((self.projection.taps * square).sqrt())
+        for i, (w, parameter) in enumerate(zip(weights, self._parameters, strict=True)):
+            _, x = self._tensors(i, w.device)
+            coefficients = torch.as_tensor(v * scale, dtype=torch.float32, device=w.device)
+            parameter.copy_((w + coefficients @ x).reshape(parameter.shape))
+
+    def _signed_gram(self) -> Doubles:
+        """(s s^T) o G, G the inner products of the bits' directions, (T, T) float64."""
+        if self._gram is None:
+            bits = self.scheme.bits
+            gram = np.zeros((bits, bits))
+            for i in range(len(self.carriers)):
+                x = self.projection.x(i).astype(np.float64)
+                inner = x @ x.T
+                if self.scheme.statistic == "spread":
+                    u = self.projection.row_signs(i).astype(np.float32)
+                    inner *= (u.T @ u) / len(u)
+                gram += inner
+            signs = self.projection.message_signs
+            self._gram = gram * np.outer(signs, signs)
+        return self._gram
+
+    def _tensors(self, carrier: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """u (out_i, T) and X (T, M_i) of one carrier as float32 on the device, made once."""
+        if (carrier, device) not in self._cache:
+            u = torch.from_numpy(self.projection.row_signs(carrier).astype(np.float32))
+            x = torch.from_numpy(np.ascontiguousarray(self.projection.x(carrier)))
+            self._cache[carrier, device] = (u.to(device), x.to(device))
+        return self._cache[carrier, device]
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """BER, smallest margin and log10 p as they stand now (NaN while a carrier is not finite)."""
+        agreement = self.projection.message_signs * self.responses().double().cpu().numpy()
+        if not np.isfinite(agreement).all():
+            return Measurement(math.nan, math.nan, math.nan)
+        reading = self.read()
+        return Measurement(
+            ber=1.0 - reading.matched / reading.bits,
+            margin=float(agreement.min()),
+            log10_p=reading.log10_p,
+        )
+
+    @torch.no_grad()
+    def read(self) -> Reading:
+        """What a verifier would read from the carriers now."""
+        extraction = Extraction(self.projection)
+        for i, (carrier, parameter) in enumerate(zip(self.carriers, self._parameters, strict=True)):
+            _refuse_shards(carrier.name, parameter)
+            extraction.add(i, 0, parameter.detach().float().cpu().numpy())
+        return extraction.reading()
+
+    def weights(self) -> list[Tensor]:
+        """The carriers' current values, detached, in order."""
+        return [parameter.detach() for parameter in self._parameters]
+
+    def detach(self) -> None:
+        """One last projection, then let go of the model: nothing is left on it.
+
+        Raises:
+            AttachError: If it was detached before.
+        """
+        self._check_attached()
+        if self.model.training:
+            self.project()
+        _ATTACHED.get(self.model, set()).discard(self.key.fingerprint)
+        self._cache.clear()
+        self._attached = False
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise AttachError("This WatermarkLoss was detached", do="make a new one")
+
+    def __repr__(self) -> str:
+        return (
+            f"WatermarkLoss(scheme={self.scheme.name!r}, carriers={len(self.carriers)}, "
+            f"key={self.key.fingerprint!r})"
+        )
+
+
+def _refuse_shards(name: str, parameter: Any) -> None:
+    placeholder = parameter.numel() == 0 and hasattr(parameter, "ds_id")
+    if (
+        placeholder
+        or type(parameter.data).__name__ == "DTensor"
+        or hasattr(parameter, "_local_tensor")
+    ):
+        raise ShardedParameterError(
+            f"The parameter {name[:120]!r} is sharded (FSDP, tensor parallel or ZeRO-3)",
+            expected="whole parameters on every process: one process, DDP, or ZeRO-1/2",
+            do="train without sharding, or embed into the saved checkpoint afterwards",
+        )
+
+
+def _refuse_unusable(carrier: Carrier, parameter: nn.Parameter) -> None:
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        raise CarrierError(
+            f"The carrier {carrier.name[:120]!r} cannot be marked",
+            expected="float16, bfloat16, float32 or float64",
+            got=str(parameter.dtype),
+            do="name other carriers",
+        )
+    if not parameter.requires_grad:
+        raise CarrierError(
+            f"The carrier {carrier.name[:120]!r} is frozen",
+            expected="a parameter with requires_grad=True",
+            do="unfreeze it, or name carriers that train",
+        )
