@@ -31,7 +31,8 @@ from hf_watermark.scheme import Scheme
 __all__ = ["Measurement", "WatermarkLoss", "least_change", "unwrapped_parameters"]
 
 # Which keys are attached to which module: attaching the same one twice would push twice as hard.
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, WatermarkLoss]]
+_ATTACHED = weakref.WeakKeyDictionary()
 
 _PASSES = 4  # rescaling to the old norm moves responses by d^2 / 2: two passes nearly always do
 _TOLERANCE = 1e-3  # of the margin
@@ -153,17 +154,30 @@ class WatermarkLoss:
         self.projection = Projection(key, self.scheme, self.carriers)
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._gram: Doubles | None = None
-        self._register(model, key)
+        self._attached = False
+        self.attach()
 
-    def _register(self, model: nn.Module, key: OwnerKey) -> None:
-        keys = _ATTACHED.setdefault(model, set())
-        if key.fingerprint in keys:
+    def attach(self) -> None:
+        """Start marking; the constructor does it.
+
+        Raises:
+            AttachError: If this key is attached to this module already.
+        """
+        keys = _ATTACHED.setdefault(self.model, weakref.WeakValueDictionary())
+        if self.key.fingerprint in keys:
             raise AttachError(
-                f"The key {key.fingerprint} is attached to this model already",
+                f"The key {self.key.fingerprint} is attached to this model already",
                 do="detach() the first WatermarkLoss, or go on using it",
             )
-        keys.add(key.fingerprint)
+        keys[self.key.fingerprint] = self
         self._attached = True
+
+    def release(self) -> None:
+        """Stop marking without touching the weights; nothing happens if it has stopped already."""
+        if self._attached:
+            _ATTACHED[self.model].pop(self.key.fingerprint, None)
+        self._cache.clear()
+        self._attached = False
 
     def __call__(self, task_loss: Tensor) -> Tensor:
         """The loss to go backward from: with the mark's term added where the scheme has one.
@@ -242,7 +256,6 @@ class WatermarkLoss:
         W_i += sum_t a_t s_t u_it x_it^T rms(W_i) / sqrt(out_i) with the least a >= 0 that reaches
         the margins, then back to the norm that W_i had: a test of weight norms sees nothing.
         """
-        self._check_attached()
         if self.scheme.embedding != "projection":
             return
         margin, signs = self.projection.margin, self.projection.message_signs
@@ -340,9 +353,7 @@ class WatermarkLoss:
         self._check_attached()
         if self.model.training:
             self.project()
-        _ATTACHED.get(self.model, set()).discard(self.key.fingerprint)
-        self._cache.clear()
-        self._attached = False
+        self.release()
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -141,8 +141,9 @@ class Claim:
         return self.carriers_commitment is not None and not self.carriers
 
     def commits_to(self, key: OwnerKey) -> bool:
-        """Whether this is a claim of `key`."""
-        return hmac.compare_digest(self.commitment, key.commitment)
+        """Whether this is a claim of `key`: anyone can copy a commitment, but not sign for it."""
+        ours = hmac.compare_digest(self.public_key, key.public_key)
+        return ours and hmac.compare_digest(self.commitment, key.commitment)
 
     def check(self, where: str) -> None:
         """Check the signature.

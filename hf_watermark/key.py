@@ -96,7 +96,8 @@ class OwnerKey:
 
     def sign(self, message: bytes) -> str:
         """The Ed25519 signature of `message` under the key's identity, 128 hexadecimal digits."""
-        return self._signer().sign(message).hex()
+        signature: bytes = self._signer().sign(message)
+        return signature.hex()
 
     def _signer(self) -> Any:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -160,8 +160,8 @@ class Projection:
 
     @property
     def message_signs(self) -> Doubles:
-        """s = 2b - 1, (T,)."""
-        return 2.0 * self.message - 1.0
+        """The bits as signs, s = 2b - 1, (T,) of -1.0 and +1.0."""
+        return 2.0 * self.message.astype(np.float64) - 1.0
 
     @property
     def margin(self) -> float:
@@ -226,8 +226,8 @@ class Projection:
     def gradient(self, arrays: Sequence[npt.NDArray[np.floating]], dz: Doubles) -> list[Doubles]:
         """The exact gradient of sum_t dz_t z_t with respect to the carriers, in their shapes.
 
-        For `spread`, dz_t/dW_i = u_it x_it^T / (sqrt(out_i) rms_i) - z_it W_i / (out_i M_i rms_i^2),
-        z_it the part of carrier i; for `mean` the same with w in place of W.
+        For `spread`, with z_it the part of carrier i and N_i its weights,
+        dz_t/dW_i = u_it x_it^T / (sqrt(out_i) rms_i) - z_it W_i / (N_i rms_i^2); for `mean` the same with w in place of W.
 
         Args:
             arrays: The carriers, (out_i, ...) each.

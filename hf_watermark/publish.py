@@ -1,0 +1,101 @@
+"""Writing evidence where people look: the model card of a repo on the Hub, or of a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hf_watermark.card import updated_card
+from hf_watermark.checkpoint import Files
+from hf_watermark.errors import WatermarkError
+from hf_watermark.evidence import Claim, Evidence
+
+__all__ = ["CARD_FILE", "read_card_text", "write_card", "write_file"]
+
+CARD_FILE = "README.md"
+_CARD_LIMIT = 2**20
+
+
+def read_card_text(files: Files) -> str | None:
+    """The text of the card, line endings and all; None if there is none.
+
+    Raises:
+        WatermarkError: If it is not UTF-8.
+    """
+    if CARD_FILE not in files.sizes:
+        return None
+    try:
+        return files.read(CARD_FILE, _CARD_LIMIT).decode()
+    except UnicodeDecodeError:
+        raise WatermarkError(
+            f"The card of {files.name} cannot be read",
+            expected="UTF-8 text",
+            do="save it as UTF-8, then run this again",
+        ) from None
+
+
+def write_card(
+    repo: str | os.PathLike[str],
+    evidence: Evidence,
+    claim: Claim | None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Put the evidence into the card, leaving every other byte of it as it is.
+
+    On the Hub the commit's parent is the revision that the evidence was read at, so a card that
+    changed meanwhile is never overwritten.
+
+    Args:
+        repo: `org/name`, or a folder.
+        evidence: What was found.
+        claim: The claim it rests on.
+        revision: The branch to write to; the default branch by default.
+        token: One that may write.
+        create_pr: Open a pull request instead.
+
+    Returns:
+        The page of the commit or pull request, or the path of the file.
+
+    Raises:
+        CardConflictError: If the repo changed since the evidence was read.
+        WatermarkError: If the card cannot be read or written.
+    """
+    from hf_watermark.hub import commit_files, open_files
+
+    files = open_files(repo, evidence.revision, token)
+    old = read_card_text(files)
+    new = updated_card(old, evidence, None if claim is None else claim.public)
+    if files.revision is None:
+        path = Path(repo) / CARD_FILE
+        write_file(path, new.encode())
+        return str(path)
+    if new == old:
+        return f"{files.name}, as it was"
+    commit = commit_files(
+        files.name,
+        {CARD_FILE: new.encode()},
+        "Add watermark evidence to the model card",
+        parent_commit=files.revision,
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+    )
+    return commit.pull_request_url or commit.url
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that at no moment half of it is there.
+
+    Raises:
+        WatermarkError: If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WatermarkError(f"{path} cannot be written", got=error.strerror) from None

@@ -1,0 +1,253 @@
+"""Which readings of a suspect are tried, in what order, and how many that makes.
+
+Everything is fixed by names and shapes before a weight is read: the schedule of row blocks, the
+assignments of the suspect's tensors to the carriers, and with them the number of tries that every
+p-value is corrected for. Looks at growing parts of the rows come first; where they say nothing,
+every carrier is judged alone (all but one may have been replaced), and where tensors were renamed,
+every same-shaped tensor in place of every carrier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_watermark.carriers import Carrier, choose_carriers, natural_order
+from hf_watermark.checkpoint import Checkpoint
+from hf_watermark.errors import CarrierError, CarrierMissingError
+from hf_watermark.extraction import Extraction, Reading
+from hf_watermark.projections import Projection
+from hf_watermark.significance import corrected
+
+__all__ = ["Finding", "Plan", "read_suspect"]
+
+Shape = tuple[int, ...]
+Assignment = Mapping[int, str]
+Progress = Callable[[int, int], None]
+
+# A first look of 2^18 weights is 1 MiB in float32. The growth of sqrt(2) keeps what is read close
+# to what is needed; each look costs one round trip and, as a try, 0.03 of log10 p.
+_FIRST_LOOK = 2**18
+_GROWTH = math.sqrt(2.0)
+_PIECE = 2**19  # weights that are fetched at once; eight pieces are under way together
+_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be tried.
+
+    Attributes:
+        carriers: The carriers, in the order of the key's streams.
+        assignments: Which tensor is read as which carrier; each is tried pooled, look by look.
+        looks: Fractions of the rows, growing, the last one 1.
+        pairs: Tensors tried one by one in place of carriers that have no tensor of their name.
+        renamed: Whether names had to be guessed.
+    """
+
+    carriers: tuple[Carrier, ...]
+    assignments: tuple[Assignment, ...]
+    looks: tuple[float, ...]
+    pairs: tuple[tuple[int, str], ...]
+    renamed: bool
+
+    @classmethod
+    def make(
+        cls,
+        carriers: Sequence[Carrier],
+        shapes: Mapping[str, Shape],
+        *,
+        progressive: bool = True,
+    ) -> Plan:
+        """Plan the readings of a suspect from names and shapes alone.
+
+        Args:
+            carriers: What the claim lists, or the default choice.
+            shapes: The suspect's tensors.
+            progressive: Look at growing parts of the rows, rather than at everything at once.
+
+        Raises:
+            CarrierMissingError: If no tensor could be any of the carriers.
+        """
+        by_name = {i: c.name for i, c in enumerate(carriers) if shapes.get(c.name) == c.shape}
+        assignments: list[Assignment] = [by_name] if by_name else []
+        pairs: list[tuple[int, str]] = []
+        if len(by_name) < len(carriers):
+            taken = set(by_name.values())
+            pairs = [
+                (i, name)
+                for i, carrier in enumerate(carriers)
+                if i not in by_name
+                for name in sorted(shapes, key=natural_order)
+                if shapes[name] == carrier.shape and name not in taken
+            ]
+            assignments += [
+                guess for guess in _guesses(carriers, shapes) if guess not in assignments
+            ]
+        if not assignments and not pairs:
+            raise CarrierMissingError(
+                "The suspect has none of the carriers",
+                expected=f"{len(carriers)} tensors such as {carriers[0].name[:120]!r} "
+                f"of shape {list(carriers[0].shape)}",
+                got=f"{len(shapes)} tensors of other shapes",
+                do="check that this is a copy of the claimed architecture",
+            )
+        weights = sum(carrier.weights for carrier in carriers)
+        looks = [_FIRST_LOOK / weights]
+        while looks[-1] * _GROWTH < 0.75:
+            looks.append(looks[-1] * _GROWTH)
+        if not progressive or looks[0] >= 0.75:
+            looks = []
+        return cls(tuple(carriers), tuple(assignments), (*looks, 1.0), tuple(pairs), bool(pairs))
+
+    @property
+    def tries(self) -> int:
+        """How many readings this allows for, whether or not all of them are made."""
+        alone = sum(len(assignment) for assignment in self.assignments if len(assignment) > 1)
+        return len(self.looks) * len(self.assignments) + alone + len(self.pairs)
+
+
+def _guesses(
+    carriers: Sequence[Carrier], shapes: Mapping[str, Shape]
+) -> Iterator[Assignment]:
+    """Assignments that renaming leaves intact: by the rule, and by order among equal shapes."""
+    try:
+        chosen = choose_carriers(shapes)
+    except CarrierError:
+        chosen = ()
+    if [c.shape for c in chosen] == [c.shape for c in carriers]:
+        yield {i: carrier.name for i, carrier in enumerate(chosen)}
+    by_shape: dict[Shape, list[str]] = {}
+    for name in sorted(shapes, key=natural_order):
+        by_shape.setdefault(tuple(shapes[name]), []).append(name)
+    ordered: dict[int, str] = {}
+    for shape in {carrier.shape for carrier in carriers}:
+        places = [i for i, carrier in enumerate(carriers) if carrier.shape == shape]
+        if len(by_shape.get(shape, ())) == len(places):
+            ordered.update(zip(places, by_shape[shape], strict=True))
+    if ordered:
+        yield dict(sorted(ordered.items()))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The reading that decided, or the best of all if none did.
+
+    Attributes:
+        reading: What was read.
+        log10_p: Its p-value, corrected for the plan's tries.
+        how: `raw`, `raw, one carrier`, `renamed` or `renamed, one carrier`.
+        carriers: The tensors it was read from.
+    """
+
+    reading: Reading
+    log10_p: float
+    how: str
+    carriers: tuple[str, ...]
+
+
+def read_suspect(
+    checkpoint: Checkpoint,
+    projection: Projection,
+    plan: Plan,
+    alpha: float,
+    progress: Progress | None = None,
+) -> Finding:
+    """Read a suspect as planned, until the corrected p-value is at most alpha.
+
+    Args:
+        checkpoint: The suspect.
+        projection: What the key reads, over `plan.carriers`.
+        plan: The readings.
+        alpha: The chance of a false alarm that is accepted.
+        progress: Called with weights read and weights planned.
+
+    Returns:
+        The finding that passed, or the best one if none did.
+    """
+    best: Finding | None = None
+    for finding in _findings(checkpoint, projection, plan, progress):
+        if best is None or finding.log10_p < best.log10_p:
+            best = finding
+        if best.log10_p <= math.log10(alpha):
+            break
+    assert best is not None  # a plan has at least one assignment or pair
+    return best
+
+
+def _findings(
+    checkpoint: Checkpoint, projection: Projection, plan: Plan, progress: Progress | None
+) -> Iterator[Finding]:
+    count = _Count(plan, progress)
+    for assignment in plan.assignments:
+        direct = all(plan.carriers[i].name == name for i, name in assignment.items())
+        how = "raw" if direct else "renamed"
+        extraction = Extraction(projection)
+        done = 0.0
+        for look in plan.looks:
+            for i, start, block in _blocks(checkpoint, plan, assignment, done, look, count):
+                extraction.add(i, start, block)
+            done = look
+            yield _finding(extraction.reading(), plan, how, assignment.values())
+        if len(assignment) > 1:
+            for i, name in assignment.items():
+                yield _finding(extraction.reading(i), plan, f"{how}, one carrier", [name])
+    for name in dict.fromkeys(name for _, name in plan.pairs):
+        places = [i for i, other in plan.pairs if other == name]
+        extractions = {i: Extraction(projection) for i in places}
+        for _, start, block in _blocks(checkpoint, plan, {places[0]: name}, 0.0, 1.0, count):
+            for i, extraction in extractions.items():
+                extraction.add(i, start, block)
+        for i, extraction in extractions.items():
+            yield _finding(extraction.reading(i), plan, "renamed, one carrier", [name])
+
+
+def _finding(reading: Reading, plan: Plan, how: str, names: Iterable[str]) -> Finding:
+    return Finding(reading, corrected(reading.log10_p, plan.tries), how, tuple(names))
+
+
+class _Count:
+    """How many weights were read, told to whoever watches."""
+
+    def __init__(self, plan: Plan, progress: Progress | None) -> None:
+        self._progress = progress
+        self._done = 0
+        pooled = sum(plan.carriers[i].weights for a in plan.assignments for i in a)
+        places = {name: i for i, name in plan.pairs}
+        self._planned = pooled + sum(plan.carriers[i].weights for i in places.values())
+
+    def add(self, weights: int) -> None:
+        self._done += weights
+        if self._progress is not None:
+            self._progress(self._done, self._planned)
+
+
+def _blocks(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    assignment: Assignment,
+    done: float,
+    look: float,
+    count: _Count,
+) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
+    """Row blocks between two looks, fetched several at a time, in bounded memory."""
+    pieces: list[tuple[int, str, int, int]] = []
+    for i, name in assignment.items():
+        carrier = plan.carriers[i]
+        start, end = _row(carrier, done), _row(carrier, look)
+        step = max(1, _PIECE // carrier.columns)
+        pieces += [(i, name, row, min(row + step, end)) for row in range(start, end, step)]
+    for at in range(0, len(pieces), _TOGETHER):
+        together = pieces[at : at + _TOGETHER]
+        arrays = checkpoint.read_blocks([piece[1:] for piece in together], _TOGETHER)
+        for (i, _, start, _), array in zip(together, arrays, strict=True):
+            count.add(array.size)
+            yield i, start, array
+
+
+def _row(carrier: Carrier, fraction: float) -> int:
+    return min(carrier.rows, math.ceil(carrier.rows * fraction))

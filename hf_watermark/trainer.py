@@ -1,0 +1,311 @@
+"""`WatermarkTrainer`: Trainer with a mark in what it trains, and evidence in its card.
+
+The task's training is left as it was: the same loss in evaluation, the same checkpoints, the same
+resume. Key material enters no file: not the arguments, not the state, not the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_watermark.card import updated_card, without_watermark
+from hf_watermark.carriers import Carrier
+from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.claims import locate_carriers, make_claim
+from hf_watermark.embedding import WatermarkLoss
+from hf_watermark.errors import (
+    AttachError,
+    CardConflictError,
+    RepoMissingError,
+    RevisionMissingError,
+    WatermarkError,
+)
+from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
+from hf_watermark.hub import HubFiles
+from hf_watermark.key import OwnerKey
+from hf_watermark.publish import CARD_FILE, read_card_text, write_card, write_file
+from hf_watermark.scheme import Scheme
+from hf_watermark.verify import verify_hub_model
+
+__all__ = ["WatermarkTrainer"]
+
+logger = logging.getLogger(__name__)
+
+_ROWS_TO_COMPARE = 4
+
+
+class WatermarkTrainer(Trainer):
+    """A Trainer that embeds an ownership mark. It takes every argument of Trainer, and these.
+
+    Args:
+        watermark_key: The owner's key.
+        watermark_scheme: None takes `Scheme()`: spread by projection, nothing to tune.
+        watermark_carriers: Names of the parameters that carry the mark. None chooses. Names given
+            here are kept out of the public claim; `claim` holds the owner's copy, to be saved.
+
+    Attributes:
+        watermark: The `WatermarkLoss` at work.
+        claim: The owner's copy of the claim about what was saved last; None before.
+
+    Raises:
+        WatermarkError: If the model cannot carry the mark; nothing has been trained then.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        watermark_key: OwnerKey,
+        watermark_scheme: Scheme | None = None,
+        watermark_carriers: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(watermark_key, OwnerKey):
+            raise AttachError(
+                "watermark_key is no OwnerKey",
+                got=type(watermark_key).__name__,
+                do="load it: OwnerKey.load('acme.key')",
+            )
+        super().__init__(*args, **kwargs)
+        self._watermark_key = watermark_key
+        self._watermark_scheme = watermark_scheme
+        self._watermark_carriers = watermark_carriers
+        self.claim: Claim | None = None
+        self._draft: str | None = None
+        self.watermark = self._new_watermark()
+        self.watermark.release()
+        self.add_callback(_Marking(self))
+
+    def _new_watermark(self) -> WatermarkLoss:
+        return WatermarkLoss(
+            self._plain_model(),
+            self._watermark_key,
+            self._watermark_scheme,
+            carriers=self._watermark_carriers,
+        )
+
+    def _plain_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    # Training ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss; in training, with the mark's term if the scheme has one."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training or self.watermark.scheme.embedding == "projection":
+            return result
+        penalty = self.watermark.penalty()
+        if self._is_scaled(num_items_in_batch):
+            # Trainer will not divide this loss by the accumulation steps, so a term that is simply
+            # added would reach the optimizer that many times too strong.
+            penalty = penalty / self.current_gradient_accumulation_steps
+        if not return_outputs:
+            return result + penalty.to(result.device)
+        loss, outputs = result
+        return loss + penalty.to(loss.device), outputs
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether Trainer takes the loss as scaled for accumulation already."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_model or self.compute_loss_func is not None)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mark's BER, smallest margin and log10 p beside the training loss."""
+        if "loss" in logs and self.is_world_process_zero():
+            now = self.watermark.measure()
+            logs["watermark_ber"] = now.ber
+            logs["watermark_margin"] = now.margin
+            logs["watermark_log10_p"] = now.log10_p
+        super().log(logs, start_time)
+
+    def _start_marking(self) -> None:
+        """Bind to the model as it is now: `model_init` and wrappers may have replaced it."""
+        self.watermark.release()
+        self.watermark = self._new_watermark()
+        self.watermark.steps = self.state.global_step
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.watermark.project()
+        super()._save_checkpoint(model, trial)
+
+    # Saving and publishing --------------------------------------------------------------------
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = self._folder if output_dir is None else Path(output_dir)
+        try:
+            self.claim = self._claim_about(folder)
+        except WatermarkError as error:
+            # A model without its claim can be claimed later; a training run cannot be repeated.
+            (folder / CLAIM_FILE).unlink(missing_ok=True)
+            warnings.warn(f"No claim was written to {folder}: {error}", stacklevel=2)
+            return
+        write_file(folder / CLAIM_FILE, self.claim.public.to_bytes())
+
+    def _claim_about(self, folder: Path) -> Claim:
+        checkpoint = Checkpoint.open(FolderFiles(folder))
+        names = locate_carriers(
+            checkpoint,
+            self.watermark.carriers,
+            [
+                _first_rows(carrier, weight)
+                for carrier, weight in zip(
+                    self.watermark.carriers, self.watermark.weights(), strict=True
+                )
+            ],
+        )
+        return make_claim(
+            checkpoint,
+            self._watermark_key,
+            self.watermark.scheme,
+            names,
+            secret_carriers=self.watermark.secret_carriers,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        source = os.path.join(checkpoint_folder, CLAIM_FILE)
+        if self.is_world_process_zero() and os.path.isfile(source):
+            shutil.copy(source, self._folder / CLAIM_FILE)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md: Trainer's draft, or the user's own card, with the evidence in it.
+
+        Trainer rewrites an existing card. Here a card that is on the Hub, or else in the output
+        folder, is kept as it is, and only the watermark's part of it is replaced.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = self._folder / CARD_FILE
+        existing = self._existing_card()
+        super().create_model_card(*args, **kwargs)
+        draft = path.read_bytes().decode()
+        # A draft that nobody touched since this trainer wrote it makes way for the new one.
+        untouched = existing is None or without_watermark(existing) == self._draft
+        self._draft = draft
+        text = draft if untouched or existing is None else existing
+        if self.claim is not None:
+            text = updated_card(text, self._local_evidence(), self.claim.public)
+        write_file(path, text.encode())
+
+    def _existing_card(self) -> str | None:
+        """The user's card, as found on the Hub, else in the output folder; None if there is none.
+
+        A Hub that fails is an error here: taking the card for missing would replace it.
+        """
+        if self.hub_model_id is not None:
+            try:
+                files = HubFiles(self.hub_model_id, self.args.hub_revision, self.args.hub_token)
+            except (RepoMissingError, RevisionMissingError):
+                pass
+            else:
+                text = read_card_text(files)
+                if text is not None:
+                    return text
+        return read_card_text(FolderFiles(self._folder))
+
+    def _local_evidence(self) -> Evidence:
+        evidence = verify_hub_model(self._folder, self._watermark_key, claim=self.claim, read="all")
+        name = self.hub_model_id or self._folder.name
+        return dataclasses.replace(evidence, repo=name)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Push weights, claim and card in one commit; then read the mark back from the Hub.
+
+        The second commit only adds to the card what could not be known before: the sha that was
+        read. With `blocking=False` it is left out.
+
+        Returns:
+            What Trainer returns: the commit of the weights.
+        """
+        commit = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        if blocking and self.claim is not None and self.is_world_process_zero():
+            token = token if token is not None else self.args.hub_token
+            self._certify(commit.oid, revision or self.args.hub_revision, token)
+        return commit
+
+    def _certify(self, oid: str, revision: str | None, token: str | None) -> None:
+        evidence = verify_hub_model(
+            str(self.hub_model_id),
+            self._watermark_key,
+            claim=self.claim,
+            revision=oid,
+            token=token,
+            read="all",
+        )
+        if not evidence.found:
+            warnings.warn(
+                f"The mark was not found in {self.hub_model_id}: train before pushing", stacklevel=3
+            )
+        try:
+            write_card(evidence.repo, evidence, self.claim, revision=revision, token=token)
+        except CardConflictError:
+            # Weights, claim and card are there; the card only lacks the revision that was read.
+            logger.warning(
+                "%s changed during the push; run: verify_hub_model %s --key FILE --write-card",
+                self.hub_model_id,
+                self.hub_model_id,
+            )
+
+
+class _Marking(TrainerCallback):
+    """Tells a `WatermarkTrainer` when training starts, steps and ends. Holds no state to export."""
+
+    def __init__(self, trainer: WatermarkTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._start_marking()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.watermark.step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.watermark.project()
+        self._trainer.watermark.release()
+
+
+def _first_rows(carrier: Carrier, weight: Tensor) -> Any:
+    rows = weight[:_ROWS_TO_COMPARE].reshape(-1, carrier.columns)
+    return rows.to(torch.float32).cpu().numpy()

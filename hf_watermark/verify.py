@@ -1,0 +1,252 @@
+"""Is this model marked with that key? Read, extract, judge: `verify_hub_model`.
+
+Needs neither torch nor transformers, runs nobody's code, and fetches a few ranges of the suspect's
+safetensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from hf_watermark.carriers import choose_carriers
+from hf_watermark.checkpoint import Checkpoint, Files
+from hf_watermark.claims import FoundClaim, check_digests, find_claim
+from hf_watermark.errors import ClaimError, SchemeError
+from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
+from hf_watermark.key import OwnerKey
+from hf_watermark.projections import Projection
+from hf_watermark.readings import Plan, Progress, read_suspect
+from hf_watermark.scheme import Scheme
+
+__all__ = ["DEFAULT_ALPHA", "Verification", "verify", "verify_hub_model"]
+
+DEFAULT_ALPHA = 1e-6
+
+
+@dataclass(frozen=True)
+class Verification:
+    """An evidence with what it rests on.
+
+    Attributes:
+        evidence: The outcome.
+        claim: The claim that said what to read, if one did.
+        files: The suspect, at the revision that was read.
+    """
+
+    evidence: Evidence
+    claim: Claim | None
+    files: Files
+
+
+def verify_hub_model(
+    repo: str | os.PathLike[str],
+    key: OwnerKey | None = None,
+    *,
+    claim: Claim | str | os.PathLike[str] | None = None,
+    recipient: str | None = None,
+    alpha: float = DEFAULT_ALPHA,
+    revision: str | None = None,
+    align: str = "auto",
+    read: str = "auto",
+    token: str | bool | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Whether a model on the Hub, or in a folder, carries the mark of `key`.
+
+    What to read comes from `claim`, else from the suspect's own claim if it commits to the key,
+    else from the default rule on the suspect's names and shapes: a thief deletes the claim first.
+
+    Args:
+        repo: `org/name`, or a folder.
+        key: The owner's key. None checks what anyone can check, the claim's signature and the
+            carriers' digests; the verdict is then `not checked`.
+        claim: The owner's claim: the object, its file, or the owner's own repo or folder.
+        recipient: Look for the mark of this recipient's copy instead of the owner's own.
+        alpha: The chance of a false alarm that is accepted, after correction for all tries.
+        revision: Branch, tag or commit; pinned to a full sha before anything is read.
+        align: `auto` or `never`: whether to undo function-preserving disguises when the raw
+            reading fails. No architecture has an aligned reading yet, so both read raw.
+        read: `auto` stops once the corrected p-value passes alpha; `all` reads all carriers at once.
+        token: For private and gated repos; None takes the one huggingface_hub knows.
+        progress: Called with weights read and weights planned.
+
+    Returns:
+        The evidence; `log10_p` is corrected for `tries`.
+
+    Raises:
+        WatermarkError: If it could not be checked; the message says why and what to do.
+    """
+    return verify(
+        repo,
+        key,
+        claim=claim,
+        recipient=recipient,
+        alpha=alpha,
+        revision=revision,
+        align=align,
+        read=read,
+        token=token,
+        progress=progress,
+    ).evidence
+
+
+def verify(
+    repo: str | os.PathLike[str],
+    key: OwnerKey | None = None,
+    *,
+    claim: Claim | str | os.PathLike[str] | None = None,
+    recipient: str | None = None,
+    alpha: float = DEFAULT_ALPHA,
+    revision: str | None = None,
+    align: str = "auto",
+    read: str = "auto",
+    token: str | bool | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """As `verify_hub_model`, with the claim and the files beside the evidence."""
+    from hf_watermark.hub import open_files
+
+    started = time.perf_counter()
+    _check_options(alpha, align, read)
+    files = open_files(repo, revision, token)
+    found = find_claim(files, claim, token)
+    checkpoint = Checkpoint.open(files)
+    common: dict[str, Any] = {"repo": files.name, "revision": files.revision, "alpha": alpha}
+    if key is None:
+        common |= _public_checks(checkpoint, found)
+    else:
+        with ThreadPoolExecutor(1) as background:
+            usable, notes = _usable(found, key, claim is not None)
+            commit = background.submit(_committed_at, usable, key)
+            reader = key if recipient is None else key.for_recipient(recipient)
+            common |= _read(checkpoint, reader, usable, alpha, read, progress)
+            common |= {"committed_at": commit.result(), "notes": notes}
+    others = found.files if found is not None else None
+    evidence = Evidence(
+        **common,
+        bytes_read=checkpoint.bytes_read
+        + (others.bytes_read if others is not None and others is not files else 0),
+        bytes_total=checkpoint.bytes_total,
+        seconds=time.perf_counter() - started,
+    )
+    return Verification(evidence, found.claim if found is not None else None, files)
+
+
+def _check_options(alpha: float, align: str, read: str) -> None:
+    if not (isinstance(alpha, (int, float)) and 0.0 < alpha < 1.0 and math.isfinite(alpha)):
+        raise SchemeError("alpha is out of range", expected="a number between 0 and 1", got=alpha)
+    if align not in ("auto", "never"):
+        raise SchemeError("Unknown align", expected="auto or never", got=repr(align))
+    if read not in ("auto", "all"):
+        raise SchemeError("Unknown read", expected="auto or all", got=repr(read))
+
+
+def _usable(
+    found: FoundClaim | None, key: OwnerKey, given: bool
+) -> tuple[FoundClaim | None, tuple[str, ...]]:
+    """The claim to read by, if it is this key's; a foreign one that was asked for is an error."""
+    if found is None:
+        return None, ("The repo holds no claim: the default carriers were read.",)
+    if not found.claim.commits_to(key):
+        if given:
+            raise ClaimError(
+                "The claim does not belong to this key",
+                expected=f"the commitment {key.commitment[:16]}...",
+                got=f"{found.claim.commitment[:16]}...",
+                do="pass the claim of this key's owner, or the other key",
+            )
+        return None, ("The repo's claim commits to another key: the default carriers were read.",)
+    where = "the owner's copy" if given else found.files.name if found.files else "the repo"
+    found.claim.check_secret_carriers(key, where)
+    if found.claim.hides_carriers:
+        raise ClaimError(
+            "The public claim does not name its carriers",
+            expected="the owner's own copy, which does",
+            do="pass it with --claim FILE",
+        )
+    return found, ()
+
+
+def _committed_at(found: FoundClaim | None, key: OwnerKey) -> str | None:
+    if found is None or found.files is None or found.files.revision is None:
+        return None
+    from hf_watermark.hub import HubFiles, first_commit
+
+    def is_ours(content: bytes) -> bool:
+        try:
+            claim = Claim.from_bytes(content, CLAIM_FILE)
+            claim.check(CLAIM_FILE)
+        except ClaimError:
+            return False
+        return claim.commits_to(key)
+
+    assert isinstance(found.files, HubFiles)  # a folder has no revision
+    return first_commit(found.files, CLAIM_FILE, is_ours)
+
+
+def _read(
+    checkpoint: Checkpoint,
+    key: OwnerKey,
+    found: FoundClaim | None,
+    alpha: float,
+    read: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    shapes = checkpoint.shapes()
+    if found is None:
+        scheme, carriers = Scheme(), choose_carriers(shapes)
+    else:
+        scheme = Scheme.from_name(found.claim.scheme)
+        carriers = tuple(claimed.carrier for claimed in found.claim.carriers)
+    progressive = read == "auto" and scheme.statistic == "spread"
+    plan = Plan.make(carriers, shapes, progressive=progressive)
+    projection = Projection(key, scheme, carriers)
+    finding = read_suspect(checkpoint, projection, plan, alpha, progress)
+    return {
+        "verdict": "found" if finding.log10_p <= math.log10(alpha) else "not found",
+        "log10_p": finding.log10_p,
+        "bits": finding.reading.bits,
+        "matched": finding.reading.matched,
+        "tries": plan.tries,
+        "reading": finding.how,
+        "scheme": scheme.name,
+        "carriers": finding.carriers,
+        "key_fingerprint": key.fingerprint,
+    }
+
+
+def _public_checks(checkpoint: Checkpoint, found: FoundClaim | None) -> dict[str, Any]:
+    if found is None:
+        raise ClaimError(
+            f"There is nothing to check in {checkpoint.files.name} without a key",
+            expected=CLAIM_FILE,
+            got="no claim",
+            do="pass the owner's key with --key, or a claim with --claim",
+        )
+    claim = found.claim
+    if claim.hides_carriers:
+        digests = "The claim keeps its carriers secret, so their digests were not checked."
+    else:
+        digests = f"All {check_digests(checkpoint, claim)} claimed tensors are here, unchanged."
+    return {
+        "verdict": "not checked",
+        "log10_p": None,
+        "bits": Scheme.from_name(claim.scheme).bits,
+        "matched": None,
+        "tries": 0,
+        "reading": None,
+        "scheme": claim.scheme,
+        "carriers": tuple(claimed.name for claimed in claim.carriers),
+        "key_fingerprint": None,
+        "committed_at": None,
+        "notes": (
+            f"The claim's signature fits its public key {claim.public_key[:16]}...",
+            digests,
+            "Ownership was not tested: that takes the owner's key (--key).",
+        ),
+    }
