@@ -1,9 +1,9 @@
 """Prove who made a vision model.
 
-An `OwnerKey` is 32 secret bytes. A `Scheme` says what is embedded and how it is read. From both come
-projections of a model's carriers, the largest layer of every block: embedding moves the carriers
-until each secret response agrees with a secret message bit, extraction reads the responses back, and
-significance says how unlikely the agreement is for a model that never saw the key.
+An `OwnerKey` is 32 secret bytes. A `Scheme` says what is embedded and how it is read. From both
+come projections of a model's carriers, the largest layer of every block: embedding moves the
+carriers until each secret response agrees with a secret message bit, extraction reads the responses
+back, and significance says how unlikely the agreement is for a model that never saw the key.
 
 - Embed while training: `hf_watermark.trainer.WatermarkTrainer`, or, in a loop of your own,
   `hf_watermark.embedding.WatermarkLoss`.

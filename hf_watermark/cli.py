@@ -241,10 +241,10 @@ def _verify(
         if evidence.found:
             from hf_watermark.publish import write_card as publish
 
-            where = publish(
-                repo, evidence, done.claim, revision=revision, token=token, create_pr=create_pr
+            to: dict[str, Any] = {"revision": revision, "token": token, "create_pr": create_pr}
+            click.echo(
+                f"The card is in {publish(done.files, evidence, done.claim, **to)}", err=True
             )
-            click.echo(f"The card is in {where}", err=True)
         else:
             click.echo("Nothing was written to the card: the mark was not found.", err=True)
     return FOUND if evidence.found else NOT_FOUND
@@ -410,7 +410,7 @@ def _meaning(evidence: Evidence) -> list[str]:
     if evidence.found:
         said = f"A chance of {odds} that an unrelated model agrees with this key so well."
     else:
-        said = f"An unrelated model agrees with this key so well by a chance of {odds}."
+        said = f"A chance of {odds} that an unrelated model agrees so well: no evidence."
     return [
         f"  {said}",
         f"  (log10 p {evidence.log10_p:.1f}, all {evidence.tries} tries counted; "
@@ -425,7 +425,7 @@ def _facts(evidence: Evidence, claim: Claim | None) -> Iterator[tuple[str, str]]
     share = 100.0 * read / total if total else 0.0
     yield (
         "read",
-        f"{_size(read)} of {_size(total)} ({share:.1f}%), {len(evidence.carriers)} tensors",
+        f"{_size(read)} of {_size(total)} ({share:.1f}%), {_count(evidence.carriers)}",
     )
     if evidence.reading is not None:
         yield "reading", evidence.reading
@@ -438,6 +438,10 @@ def _facts(evidence: Evidence, claim: Claim | None) -> Iterator[tuple[str, str]]
     if evidence.key_fingerprint is not None:
         yield "key", evidence.key_fingerprint
     yield "time", f"{evidence.seconds:.2f} s"
+
+
+def _count(names: tuple[str, ...]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def _size(count: int) -> str:

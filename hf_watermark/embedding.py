@@ -103,9 +103,10 @@ class WatermarkLoss:
     watermark.detach()
     ```
 
-    With `embedding="projection"` (the default) the call returns the task's loss as it is and `step`
-    changes the carriers; with `hinge` and `bce` the call adds the term of Uchida et al. 2017,
-    equation 3 (summed over bits), and `step` does nothing. In evaluation mode neither does anything.
+    With `embedding="projection"` (the default) the call returns the task's loss as it is, and
+    `step` changes the carriers; with `hinge` and `bce` the call adds the term of Uchida et al.
+    2017, section 3 (summed over bits), and `step` does nothing. In evaluation mode neither does
+    anything.
 
     Args:
         model: Any module; DDP and torch.compile wrappers are seen through.
@@ -196,8 +197,8 @@ class WatermarkLoss:
     def penalty(self) -> Tensor:
         """The weighted term that `hinge` and `bce` add: a float32 scalar with its graph.
 
-        `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is in
-        natural sigmas, except for `mean` with `bce`, which is the paper's own z = X w on raw weights.
+        `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is
+        in natural sigmas, except for `mean` with `bce`: the paper's own z = X w on raw weights.
         """
         device = self._parameters[0].device
         signs = torch.as_tensor(self.projection.message_signs, dtype=torch.float32, device=device)
@@ -311,7 +312,7 @@ class WatermarkLoss:
         return self._gram
 
     def _tensors(self, carrier: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """u (out_i, T) and X (T, M_i) of one carrier as float32 on the device, made once."""
+        """U (out_i, T) and X (T, M_i) of one carrier as float32 on the device, made once."""
         if (carrier, device) not in self._cache:
             u = torch.from_numpy(self.projection.row_signs(carrier).astype(np.float32))
             x = torch.from_numpy(np.ascontiguousarray(self.projection.x(carrier)))
@@ -320,7 +321,7 @@ class WatermarkLoss:
 
     @torch.no_grad()
     def measure(self) -> Measurement:
-        """BER, smallest margin and log10 p as they stand now (NaN while a carrier is not finite)."""
+        """BER, smallest margin and log10 p as they stand now; NaN if a carrier is not finite."""
         agreement = self.projection.message_signs * self.responses().double().cpu().numpy()
         if not np.isfinite(agreement).all():
             return Measurement(math.nan, math.nan, math.nan)

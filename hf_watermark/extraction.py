@@ -1,9 +1,9 @@
 """From arrays to bits: responses, the soft statistic, matches.
 
-A reader rarely needs whole carriers. `Extraction` takes any row blocks of any carriers, in any order,
-and gives a `Reading` of what it has seen so far: given the weights and the row signs, every response
-is a weighted sum of the key's independent Gaussians, so its variance is known exactly whatever part
-of the rows was read.
+A reader rarely needs whole carriers. `Extraction` takes any row blocks of any carriers, in any
+order, and gives a `Reading` of what it has seen so far: given the weights and the row signs, every
+response is a weighted sum of the key's independent Gaussians, so its variance is known exactly
+whatever part of the rows was read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The owner's secret, and everything that is derived from it.
 
 `OwnerKey` holds 32 bytes from the operating system. Row signs, projections, message bits, the
-signing identity and recipients' keys are streams of SHAKE-256 over a length-prefixed label and those
-bytes, so the same key gives the same marks on every machine, and no stream tells anything about
-another. Only the fingerprint, the public key and the commitment are ever shown.
+signing identity and recipients' keys are streams of SHAKE-256 over a length-prefixed label and
+those bytes, so the same key gives the same marks on every machine, and no stream tells anything
+about another. Only the fingerprint, the public key and the commitment are ever shown.
 """
 
 from __future__ import annotations

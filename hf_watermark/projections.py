@@ -1,8 +1,8 @@
 """From the key: row signs u, projection rows X and message bits b; responses and their gradient.
 
 The streams are read the same way on every machine: integers from SHAKE-256, and Gaussians through
-an inverse distribution function that uses nothing but IEEE 754's correctly rounded operations (sums,
-products, quotients, square roots), which `log` and `exp` of a C library are not.
+an inverse distribution function that uses nothing but IEEE 754's correctly rounded operations
+(sums, products, quotients, square roots), which `log` and `exp` of a C library are not.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _horner(coefficients: Sequence[float], x: Doubles) -> Doubles:
 def _log(x: Doubles) -> Doubles:
     """Natural logarithm of positive normal numbers from correctly rounded operations alone.
 
-    x = m 2^e with m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| < .172.
+    x = m 2^e, m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| < .172.
     """
     mantissa, exponent = np.frexp(x)
     low = mantissa < math.sqrt(0.5)
@@ -227,7 +227,8 @@ class Projection:
         """The exact gradient of sum_t dz_t z_t with respect to the carriers, in their shapes.
 
         For `spread`, with z_it the part of carrier i and N_i its weights,
-        dz_t/dW_i = u_it x_it^T / (sqrt(out_i) rms_i) - z_it W_i / (N_i rms_i^2); for `mean` the same with w in place of W.
+        dz_t/dW_i = u_it x_it^T / (sqrt(out_i) rms_i) - z_it W_i / (N_i rms_i^2);
+        for `mean` the same with w in place of W.
 
         Args:
             arrays: The carriers, (out_i, ...) each.

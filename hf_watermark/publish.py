@@ -35,7 +35,7 @@ def read_card_text(files: Files) -> str | None:
 
 
 def write_card(
-    repo: str | os.PathLike[str],
+    files: Files,
     evidence: Evidence,
     claim: Claim | None,
     *,
@@ -45,11 +45,11 @@ def write_card(
 ) -> str:
     """Put the evidence into the card, leaving every other byte of it as it is.
 
-    On the Hub the commit's parent is the revision that the evidence was read at, so a card that
-    changed meanwhile is never overwritten.
+    On the Hub the commit's parent is the revision that was read, so a card that changed meanwhile
+    is never overwritten.
 
     Args:
-        repo: `org/name`, or a folder.
+        files: The repo at the revision that was read, or the folder.
         evidence: What was found.
         claim: The claim it rests on.
         revision: The branch to write to; the default branch by default.
@@ -63,13 +63,12 @@ def write_card(
         CardConflictError: If the repo changed since the evidence was read.
         WatermarkError: If the card cannot be read or written.
     """
-    from hf_watermark.hub import commit_files, open_files
+    from hf_watermark.hub import commit_files
 
-    files = open_files(repo, evidence.revision, token)
     old = read_card_text(files)
     new = updated_card(old, evidence, None if claim is None else claim.public)
     if files.revision is None:
-        path = Path(repo) / CARD_FILE
+        path = Path(files.name) / CARD_FILE
         write_file(path, new.encode())
         return str(path)
     if new == old:

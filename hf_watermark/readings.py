@@ -111,9 +111,7 @@ class Plan:
         return len(self.looks) * len(self.assignments) + alone + len(self.pairs)
 
 
-def _guesses(
-    carriers: Sequence[Carrier], shapes: Mapping[str, Shape]
-) -> Iterator[Assignment]:
+def _guesses(carriers: Sequence[Carrier], shapes: Mapping[str, Shape]) -> Iterator[Assignment]:
     """Assignments that renaming leaves intact: by the rule, and by order among equal shapes."""
     try:
         chosen = choose_carriers(shapes)

@@ -6,6 +6,7 @@ resume. Key material enters no file: not the arguments, not the state, not the c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -220,12 +221,10 @@ class WatermarkTrainer(Trainer):
 
         A Hub that fails is an error here: taking the card for missing would replace it.
         """
-        if self.hub_model_id is not None:
-            try:
-                files = HubFiles(self.hub_model_id, self.args.hub_revision, self.args.hub_token)
-            except (RepoMissingError, RevisionMissingError):
-                pass
-            else:
+        repo = cast("str | None", self.hub_model_id)
+        if repo is not None:
+            with contextlib.suppress(RepoMissingError, RevisionMissingError):
+                files = HubFiles(repo, self.args.hub_revision, self.args.hub_token)
                 text = read_card_text(files)
                 if text is not None:
                     return text
@@ -263,7 +262,8 @@ class WatermarkTrainer(Trainer):
         evidence = verify_hub_model(
             str(self.hub_model_id),
             self._watermark_key,
-            claim=self.claim,
+            # The published claim, so that its first commit is found, if it says what to read.
+            claim=self.claim if self.watermark.secret_carriers else None,
             revision=oid,
             token=token,
             read="all",
@@ -273,7 +273,9 @@ class WatermarkTrainer(Trainer):
                 f"The mark was not found in {self.hub_model_id}: train before pushing", stacklevel=3
             )
         try:
-            write_card(evidence.repo, evidence, self.claim, revision=revision, token=token)
+            pushed = HubFiles(evidence.repo, oid, token)
+            write_card(pushed, evidence, self.claim, revision=revision, token=token)
+            write_card(FolderFiles(self._folder), evidence, self.claim)
         except CardConflictError:
             # Weights, claim and card are there; the card only lacks the revision that was read.
             logger.warning(

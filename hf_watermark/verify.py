@@ -71,7 +71,7 @@ def verify_hub_model(
         revision: Branch, tag or commit; pinned to a full sha before anything is read.
         align: `auto` or `never`: whether to undo function-preserving disguises when the raw
             reading fails. No architecture has an aligned reading yet, so both read raw.
-        read: `auto` stops once the corrected p-value passes alpha; `all` reads all carriers at once.
+        read: `auto` stops once the corrected p-value passes alpha; `all` reads every carrier.
         token: For private and gated repos; None takes the one huggingface_hub knows.
         progress: Called with weights read and weights planned.
 

@@ -1,0 +1,1 @@
+pytest_plugins = ["hf_watermark.testing.pytest_plugin"]
