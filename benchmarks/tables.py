@@ -1,0 +1,75 @@
+"""Write the figures of README.md from the files that hold them.
+
+python benchmarks/tables.py            # rewrite README.md
+python benchmarks/tables.py --check    # exit status 1 if it is not up to date
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def verify_cost() -> str:
+    record = json.loads((RESULTS / "verify_cost.json").read_text())
+    head = ("model", "bytes read", "of the weights", "time / loading", "peak memory", "log10 p")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    names = {"tiny": "tiny ViT", "vit-b": "ViT-B/16", "vit-l": "ViT-L/16"}
+    for name, found in record["results"].items():
+        cells = (
+            f"{names[name]}, {found['bytes_total'] / 1e6:.0f} MB",
+            f"{found['bytes_read'] / 1e6:.2f} MB",
+            f"{100 * found['share_read']:.2f}%",
+            f"{found['wall_ratio_median']:.3f}",
+            f"{found['peak_mib']:.0f} MiB",
+            f"{found['log10_p']:.1f}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    runs = record["settings"]["runs"]
+    rows += [
+        "",
+        f"Whole commands, turn by turn against a loopback Hub, median of {runs} turns:",
+        "`benchmarks/verify_cost.py`.",
+        "Reading stops as soon as p passes 10^-6; `--read all` reads every carrier, for a smaller p.",
+    ]
+    return "\n".join(rows)
+
+
+def transcript(name: str) -> str:
+    text = (RESULTS / f"{name}.txt").read_text().rstrip()
+    return f"```text\n{text}\n```"
+
+
+SECTIONS = {
+    "demo": lambda: transcript("demo"),
+    "verify": lambda: transcript("verify"),
+    "verify_cost": verify_cost,
+}
+
+
+def updated(readme: str) -> str:
+    for name, render in SECTIONS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if len(pattern.findall(readme)) != 1:
+            raise SystemExit(f"README.md must hold {begin} ... {end} once")
+        readme = pattern.sub(lambda _, r=render, b=begin, e=end: f"{b}\n{r()}\n{e}", readme)
+    return readme
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = updated(old)
+    if "--check" in sys.argv:
+        sys.exit(int(old != new))
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
