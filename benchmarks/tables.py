@@ -35,7 +35,7 @@ def verify_cost() -> str:
         "",
         f"Whole commands, turn by turn against a loopback Hub, median of {runs} turns:",
         "`benchmarks/verify_cost.py`.",
-        "Reading stops as soon as p passes 10^-6; `--read all` reads every carrier, for a smaller p.",
+        "Reading stops once p passes 10^-6; `--read all` reads every carrier, for a smaller p.",
     ]
     return "\n".join(rows)
 

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 # Words (parts of a name between dots and underscores) that mark a tensor as none of ours.
 _EMBEDDINGS = "embed embedding embeddings embedder patch pos position positions stem wte wpe"
 _NORMS = "norm layernorm batchnorm groupnorm ln bn grn"
-_HEADS = "classifier head heads score logits fc final pooler lm predictor"
+_HEADS = "classifier head heads score logits fc final pooler lm predictor decoder"
 _ATTENTION = "q k v qkv kv query key value queries keys values wq wk wv wqkv"
 _EXCLUDED = frozenset(" ".join((_EMBEDDINGS, _NORMS, _HEADS, _ATTENTION)).split())
 _EXCLUDED_PARTS = frozenset({"in_proj", "c_attn", "in_proj_weight"})
@@ -60,12 +60,10 @@ class Carrier:
 
 
 def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key under which `layer.2` comes before `layer.10`."""
-    return tuple(
-        (0, int(part)) if part.isdecimal() else (1, part)
-        for part in re.split(r"(\d{1,9})", name)
-        if part
-    )
+    """A sort key under which `layer.2` comes before `layer.10`, and no two names are equal."""
+    parts = (part for part in re.split(r"(\d{1,9})", name) if part)
+    key = ((0, int(part)) if part.isdecimal() else (1, part) for part in parts)
+    return (*key, (-1, name))  # `layer.1` and `layer.01` differ here alone
 
 
 def _is_candidate(name: str, shape: Shape) -> bool:
@@ -99,10 +97,10 @@ def _blocks(names: Sequence[str]) -> dict[str, list[str]]:
 def choose_carriers(shapes: Mapping[str, Shape]) -> tuple[Carrier, ...]:
     """The default carriers: the largest layer of every block, in the model's order.
 
-    Convolutions and linear layers only; never embeddings, norms, biases, heads, or queries, keys
-    and values. Of layers of equal size the one with more rows wins, then the last: the first MLP
-    layer of a transformer block, the second convolution of a ResNet's. Layers outside all numbered
-    blocks serve only where there is no block at all.
+    Convolutions and linear layers only; never embeddings, norms, biases, heads (the decoders of
+    pretraining among them), or queries, keys and values. Of layers of equal size the one with more
+    rows wins, then the last: the first MLP layer of a transformer block, the second convolution of
+    a ResNet's. Layers outside all numbered blocks serve only where there is no block at all.
 
     Args:
         shapes: Every tensor's name and shape.

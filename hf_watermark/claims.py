@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hf_watermark.carriers import Carrier, natural_order
+from hf_watermark.carriers import Carrier, named_carriers, natural_order
 from hf_watermark.checkpoint import Checkpoint, Files
 from hf_watermark.errors import CarrierMissingError, ClaimError
 from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier
@@ -42,11 +42,15 @@ def make_claim(
 
     Returns:
         The owner's own copy; publish its `public` form.
+
+    Raises:
+        CarrierMissingError: If the checkpoint has no tensor of that name.
+        CarrierError: If one is named twice, is no matrix, or none is named.
     """
     claimed = []
-    for name in names:
-        span = checkpoint.tensors[name]
-        claimed.append(ClaimedCarrier(name, span.shape, span.dtype, _digest(checkpoint, name)))
+    for carrier in named_carriers(checkpoint.shapes(), names):
+        span, digest = checkpoint.tensors[carrier.name], _digest(checkpoint, carrier.name)
+        claimed.append(ClaimedCarrier(carrier.name, span.shape, span.dtype, digest))
     return Claim.make(key, scheme, tuple(claimed), secret_carriers=secret_carriers)
 
 
@@ -157,7 +161,7 @@ def find_claim(
     if isinstance(given, Claim):
         given.check("the claim that was passed")
         return FoundClaim(given, None)
-    if given is not None and Path(given).is_file():
+    if given is not None and os.path.isfile(given):
         return FoundClaim(_read_file(Path(given)), None)
     files = suspect
     if given is not None:

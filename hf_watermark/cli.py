@@ -2,6 +2,8 @@
 
 Data goes to stdout, everything else to stderr. Exit status: 0 found (or done), 1 not found, 2 could
 not be checked (or done), with one line on stderr that says what, expected, got and what to do.
+
+The examples in the help stand after a backspace, click's sign for "do not rewrap".
 """
 
 from __future__ import annotations
@@ -39,9 +41,11 @@ def _run(command: click.Command, name: str) -> None:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        status = NOT_CHECKED
+        status = _refuse(f"No command was given; expected one of the above, as in {name} demo")
     except click.ClickException as error:
-        status = _refuse(f"{error.format_message()} (see {name} --help)")
+        context = getattr(error, "ctx", None)
+        path = name if context is None else context.command_path
+        status = _refuse(f"{error.format_message().rstrip('.')}. See {path} --help")
     except (click.Abort, KeyboardInterrupt):
         status = _refuse("interrupted", 130)
     except WatermarkError as error:
@@ -60,7 +64,7 @@ def _run(command: click.Command, name: str) -> None:
 
 
 def _refuse(message: str, status: int = NOT_CHECKED) -> int:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {' '.join(message.split())}", err=True)
     return status
 
 
@@ -81,14 +85,14 @@ def main() -> None:
 @click.group(name="hf-watermark", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hf-watermark")
 def _umbrella() -> None:
-    r"""Ownership watermarks for vision models.
+    """Ownership watermarks for vision models.
 
     \b
     Example:
       hf-watermark keygen acme.key --owner acme
       hf-watermark verify acme/vit --key acme.key
       hf-watermark demo
-    """
+    """  # noqa: D301
 
 
 @_umbrella.command("keygen")
@@ -98,7 +102,7 @@ def _umbrella() -> None:
 @click.option("--format", "form", type=click.Choice(["human", "json", "quiet"]), default="human")
 @click.option("--json", "form", flag_value="json", help="Short for --format json.")
 def _keygen(path: str, owner: str, encrypt: bool, form: str) -> int:
-    r"""Make a key: 32 secret bytes in a file of mode 0600.
+    """Make a key: 32 secret bytes in a file of mode 0600.
 
     Whoever has the file can claim your models; without it nobody can. Keep a copy offline.
 
@@ -106,12 +110,19 @@ def _keygen(path: str, owner: str, encrypt: bool, form: str) -> int:
     Example:
       hf-watermark keygen acme.key --owner acme
       HF_WATERMARK_PASSPHRASE=... hf-watermark keygen acme.key --encrypt
-    """
+    """  # noqa: D301
     from hf_watermark.key import OwnerKey
 
     passphrase = None
     if encrypt:
-        passphrase = os.environ.get(_PASSPHRASE) or click.prompt(
+        passphrase = os.environ.get(_PASSPHRASE)
+        if not passphrase and not sys.stdin.isatty():
+            raise KeyFileError(
+                "A passphrase is needed to encrypt the key",
+                got="no terminal to ask for it",
+                do=f"set {_PASSPHRASE}",
+            )
+        passphrase = passphrase or click.prompt(
             "Passphrase", hide_input=True, confirmation_prompt=True, err=True
         )
     key = OwnerKey.generate(owner)
@@ -209,7 +220,9 @@ def _verify(
 
     writing = write_card or create_pr
     if key_file is None and (recipient is not None or writing):
-        raise SchemeError("--recipient, --write-card and --create-pr need --key")
+        raise SchemeError(
+            "--recipient, --write-card and --create-pr need the owner's key", do="pass --key FILE"
+        )
     key = None if key_file is None else _load_key(key_file)
     with _progress(f"Reading {repo}") as progress:
         done = verify(
@@ -262,12 +275,12 @@ _umbrella.add_command(_verify)
 def _card(
     repo: str, key_file: str, revision: str | None, claim: str | None, token: str | None
 ) -> int:
-    r"""Print the model card with the evidence in it; write nothing.
+    """Print the model card with the evidence in it; write nothing.
 
     \b
     Example:
       hf-watermark card acme/vit --key acme.key > README.md
-    """
+    """  # noqa: D301
     from hf_watermark.card import updated_card
     from hf_watermark.publish import read_card_text
     from hf_watermark.verify import verify
@@ -293,7 +306,7 @@ def _card(
 )
 @click.option("--seeds", default=2, show_default=True, type=click.IntRange(1, 20))
 def _demo(out: str, seeds: int) -> int:
-    r"""The whole way on this machine, without network: train, push, verify, card.
+    """The whole way on this machine, without network: train, push, verify, card.
 
     Fine-tunes a small ViT on scikit-learn's digits with a mark and without, pushes it to a Hub on
     127.0.0.1, and verifies it there with the right key and with a wrong one.
@@ -301,7 +314,7 @@ def _demo(out: str, seeds: int) -> int:
     \b
     Example:
       hf-watermark demo --out demo-output
-    """
+    """  # noqa: D301
     try:
         from hf_watermark.demo import run
     except ModuleNotFoundError as error:
@@ -402,46 +415,62 @@ _CAVEATS = {
 
 
 def _meaning(evidence: Evidence) -> list[str]:
-    from hf_watermark.significance import odds_in_words
+    from hf_watermark.report import chance_in_words, rounded_up
 
     if evidence.log10_p is None:
         return ["  The public part of the claim holds."]
-    odds = odds_in_words(evidence.log10_p)
+    odds = chance_in_words(evidence.log10_p)
     if evidence.found:
-        said = f"A chance of {odds} that an unrelated model agrees with this key so well."
+        said = f"A chance of {odds} that an unrelated model agrees this well with the key."
+    elif evidence.log10_p > -1.0:
+        said = "Unrelated models agree with the key as well as this one does: no evidence."
     else:
-        said = f"A chance of {odds} that an unrelated model agrees so well: no evidence."
+        said = f"A chance of {odds} that an unrelated model agrees this well: not enough."
     return [
         f"  {said}",
-        f"  (log10 p {evidence.log10_p:.1f}, all {evidence.tries} tries counted; "
-        f"accepted: {evidence.alpha:g})",
+        f"  (log10 p {rounded_up(evidence.log10_p):.2f}, all {evidence.tries} tries counted; "
+        f"the limit set beforehand is p = {evidence.alpha:g})",
     ]
 
 
+_READINGS = {
+    "raw": "every carrier under its own name",
+    "raw, one carrier": "one carrier alone, under its own name",
+    "renamed": "carriers under other names, told by their order and shapes",
+    "renamed, one carrier": "one tensor alone, under another name, told by its shape",
+}
+
+
 def _facts(evidence: Evidence, claim: Claim | None) -> Iterator[tuple[str, str]]:
+    from hf_watermark.safetensors_ranges import quoted
+
     if evidence.matched is not None:
-        yield "bits", f"{evidence.matched} of {evidence.bits} as in the owner's message"
+        yield (
+            "bits",
+            f"{evidence.matched} of {evidence.bits} of the secret message "
+            f"(by chance about {evidence.bits // 2})",
+        )
     read, total = evidence.bytes_read, evidence.bytes_total
     share = 100.0 * read / total if total else 0.0
-    yield (
-        "read",
-        f"{_size(read)} of {_size(total)} ({share:.1f}%), {_count(evidence.carriers)}",
-    )
+    percent = f"{share:.1f}%" if share >= 0.1 else "less than 0.1%"
+    yield "read", f"{_size(read)}, {percent} of the weights' {_size(total)}"
+    if evidence.carriers:
+        more = len(evidence.carriers) - 1
+        first = quoted(evidence.carriers[0])
+        yield "from", f"{first} and {more} more" if more else first
     if evidence.reading is not None:
-        yield "reading", evidence.reading
+        yield "reading", f"{evidence.reading}: {_READINGS.get(evidence.reading, 'see the docs')}"
     yield "revision", evidence.revision or "none (a folder)"
     if claim is not None:
-        by = f" by {claim.owner}" if claim.owner else ""
+        # A stranger's text: nobody checked the name, and it may hold a terminal's commands.
+        owner = claim.owner if claim.owner.isprintable() else ascii(claim.owner)
+        by = f" under the name {owner}" if owner else ""
         since = f", first published in {evidence.committed_at}" if evidence.committed_at else ""
         yield "claim", f"signed{by}{since}"
     yield "scheme", evidence.scheme
     if evidence.key_fingerprint is not None:
         yield "key", evidence.key_fingerprint
     yield "time", f"{evidence.seconds:.2f} s"
-
-
-def _count(names: tuple[str, ...]) -> str:
-    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def _size(count: int) -> str:

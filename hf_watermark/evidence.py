@@ -35,6 +35,11 @@ def _is_hex(value: object, digits: int) -> bool:
     return isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value) is not None
 
 
+def _is_line(value: object, longest: int) -> bool:
+    """One printable line: no control codes for a terminal, no lone surrogates."""
+    return isinstance(value, str) and len(value) <= longest and value.isprintable()
+
+
 @dataclass(frozen=True)
 class ClaimedCarrier:
     """A carrier as a claim lists it.
@@ -74,7 +79,7 @@ class ClaimedCarrier:
             and 2 <= len(shape) <= 5
             and all(type(side) is int and 0 < side < 2**31 for side in shape)
         )
-        texts_fit = all(isinstance(text, str) and 0 < len(text) < 1000 for text in (name, dtype))
+        texts_fit = all(_is_line(text, 999) and text for text in (name, dtype))
         if not (sides_fit and texts_fit and _is_hex(digest, 64)):
             raise ValueError("carrier")
         return cls(name, tuple(shape), dtype, digest)
@@ -236,8 +241,7 @@ class Claim:
                 _is_hex(fields["commitment"], 64)
                 and _is_hex(fields["public_key"], 64)
                 and _is_hex(fields["signature"], 128)
-                and isinstance(fields["owner"], str)
-                and len(fields["owner"]) <= 200
+                and _is_line(fields["owner"], 200)
                 and (hidden is None or _is_hex(hidden, 64))
                 and (listed or hidden is not None)
             )
@@ -267,8 +271,8 @@ def _unreadable(where: str, got: str) -> ClaimError:
 
 def _commit_carriers(key: OwnerKey, carriers: tuple[ClaimedCarrier, ...]) -> str:
     salt = key.stream("claim/carriers", 32)
-    names = canonical_json([[carrier.name, list(carrier.shape)] for carrier in carriers])
-    return hashlib.sha3_256(salt + names).hexdigest()
+    listed = canonical_json([carrier.to_dict() for carrier in carriers])
+    return hashlib.sha3_256(salt + listed).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +339,7 @@ class Evidence:
         }
         fields["carriers"] = list(self.carriers)
         fields["seconds"] = round(self.seconds, 3)
-        if self.log10_p is not None and not math.isfinite(self.log10_p):
+        if self.log10_p == -math.inf:
             fields["log10_p"] = -1e308  # JSON has no infinity
         fields["format_version"] = self.FORMAT_VERSION
         return fields

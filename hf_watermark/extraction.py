@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_watermark.errors import CarrierError
-from hf_watermark.projections import Doubles, Floats, Projection
+from hf_watermark.projections import Doubles, Projection
 from hf_watermark.significance import log10_binomial_tail, log10_normal_tail
 
 __all__ = ["Extraction", "Reading"]
+
+_FAR_FROM_OVERFLOW = 1e76  # the square of what a sum of float32 may reach
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Extraction:
 
     def __init__(self, projection: Projection) -> None:
         self._projection = projection
-        self._y: dict[int, Floats] = {}
+        self._y: dict[int, Doubles] = {}
         self._squares: dict[int, float] = {}
         self._rows: dict[int, int] = {}
         self._signs: dict[int, npt.NDArray[np.int8]] = {}
@@ -82,8 +84,10 @@ class Extraction:
             )
         if carrier not in self._signs:
             self._signs[carrier] = projection.row_signs(carrier)
-        u = self._signs[carrier][start : start + len(w)].astype(np.float32)
-        y = u.T @ w
+        # A sum of weights near the end of float32's range would leave it: inf - inf decodes as NaN.
+        precise = np.float32 if squares * len(w) < _FAR_FROM_OVERFLOW else np.float64
+        u = self._signs[carrier][start : start + len(w)].astype(precise)
+        y = (u.T @ w.astype(precise)).astype(np.float64)
         self._y[carrier] = self._y[carrier] + y if carrier in self._y else y
         self._squares[carrier] = self._squares.get(carrier, 0.0) + squares
         self._rows[carrier] = self._rows.get(carrier, 0) + len(w)
@@ -94,9 +98,7 @@ class Extraction:
         For `spread`, z_t = sum_i X_i[t] . y_it and v_t = sum_i (out_i / N) ||y_it||^2 with
         y_it = u_it^T W_i / (rms(W_i) sqrt(rows read)); for `mean`, z = X w and v = taps mean(w^2).
         """
-        carriers = sorted(self._y) if carrier is None else [carrier]
-        spread = self._projection.scheme.statistic == "spread"
-        z, v = self._spread(carriers) if spread else self._mean(carriers)
+        z, v = self._responses(sorted(self._y) if carrier is None else [carrier])
         signs = self._projection.message_signs
         total = float(v.sum())
         return Reading(
@@ -106,6 +108,18 @@ class Extraction:
             decides=str(self._projection.scheme.decides),
         )
 
+    def agreement(self) -> tuple[float, float]:
+        """The sum over bits of s_t z_t, and its variance, of everything taken so far.
+
+        Both add up over parts that share no carrier: S = sum / sqrt(sum of variances).
+        """
+        z, v = self._responses(sorted(self._y))
+        return float(self._projection.message_signs @ z), float(v.sum())
+
+    def _responses(self, carriers: list[int]) -> tuple[Doubles, Doubles]:
+        spread = self._projection.scheme.statistic == "spread"
+        return self._spread(carriers) if spread else self._mean(carriers)
+
     def _spread(self, carriers: list[int]) -> tuple[Doubles, Doubles]:
         projection = self._projection
         z, v = np.zeros(projection.scheme.bits), np.zeros(projection.scheme.bits)
@@ -114,16 +128,18 @@ class Extraction:
                 continue  # nothing but zeros: it says nothing
             rows, columns = self._rows[i], projection.columns[i]
             rms = math.sqrt(self._squares[i] / (rows * columns))
-            y = self._y[i].astype(np.float64) / (rms * math.sqrt(rows))
+            y = self._y[i] / (rms * math.sqrt(rows))
             z += np.einsum("ij,ij->i", projection.x(i).astype(np.float64), y)
             v += np.einsum("ij,ij->i", y, y) * (projection.rows[i] / projection.weights)
         return z, v
 
     def _mean(self, carriers: list[int]) -> tuple[Doubles, Doubles]:
         projection = self._projection
-        w = [self._y[i][0].astype(np.float64) / self._rows[i] for i in carriers]
+        w = [self._y[i][0] / self._rows[i] for i in carriers]
         z = np.zeros(projection.scheme.bits)
         for i, part in zip(carriers, w, strict=True):
             z += projection.x(i).astype(np.float64) @ part
-        square = float(np.mean(np.concatenate(w) ** 2)) if w else 0.0
-        return z, np.full(projection.scheme.bits, projection.taps * square)
+        read = np.concatenate(w) if w else np.zeros(1)
+        # Gaussian rows reach over the columns that were read, which may be one carrier's alone.
+        taps = read.size if projection.scheme.key_matrix == "random" else projection.taps
+        return z, np.full(projection.scheme.bits, taps * float(np.mean(read * read)))

@@ -417,3 +417,37 @@ def _bad_repo_id(repo_id: str) -> HubError:
         expected="org/name or a path",
         do="check the spelling; a folder may be written with ./ in front",
     )
+
+
+def download(
+    repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """Fetch a whole model repo into huggingface_hub's cache, at one commit.
+
+    Args:
+        repo_id: ``org/name``.
+        revision: A branch, tag or sha; the default branch by default.
+        token: See `HubFiles`.
+
+    Returns:
+        The folder of the snapshot; its files are links.
+
+    Raises:
+        HubError: As in `HubFiles`.
+    """
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    files = HubFiles(repo_id, revision, token)  # names every refusal in our words
+    target = Target(repo_id, files.revision)
+    try:
+        return Path(snapshot_download(repo_id, revision=files.revision, token=token))
+    except HfHubHTTPError as error:
+        raise refusal(error.response.status_code, error.response.headers, target) from None
+    except (httpx2.HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
+        raise NetworkGaveUpError(
+            f"the download of {target} failed",
+            got=type(error).__name__,
+            do="check the connection, and run it again: what is there is not fetched twice",
+        ) from None

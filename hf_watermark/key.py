@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import json
+import math
 import os
 import stat
 import tempfile
@@ -30,6 +32,7 @@ _SECRET_BYTES = 32
 _MAX_FILE_BYTES = 64 * 1024
 # RFC 7914's interactive setting doubled thrice: 128 MiB and about a third of a second a guess.
 _SCRYPT = {"n": 2**17, "r": 8, "p": 1}
+_MAX_WORK = 2**23  # n r p: 1 GiB at most; a file may ask for more, or for what no machine has
 
 
 class KeyFileWarning(UserWarning):
@@ -119,11 +122,17 @@ class OwnerKey:
         """The key that marks the copy handed to `name`: the owner can remake it, nobody else can.
 
         Raises:
-            KeyFileError: If `name` is empty.
+            KeyFileError: If `name` is empty, or holds halves of signs that UTF-8 cannot write.
         """
         if not name:
             raise KeyFileError("A recipient needs a name", expected="a name that is not empty")
-        return OwnerKey(self.stream(f"recipient/{name}", _SECRET_BYTES), self._owner)
+        try:
+            secret = self.stream(f"recipient/{name}", _SECRET_BYTES)
+        except UnicodeEncodeError:
+            raise KeyFileError(
+                "The recipient's name cannot be used", expected="text that UTF-8 can write"
+            ) from None
+        return OwnerKey(secret, self._owner)
 
     # Files ------------------------------------------------------------------------------------
 
@@ -138,7 +147,7 @@ class OwnerKey:
             KeyFileError: If the file holds something else, or cannot be written.
         """
         target = Path(path)
-        if target.exists() and not self._is_in(target, passphrase):
+        if os.path.exists(target) and not self._is_in(target, passphrase):
             raise KeyFileError(
                 f"{target} exists and does not hold this key",
                 do="choose another path: an overwritten key is lost for good",
@@ -153,20 +162,22 @@ class OwnerKey:
         else:
             head["encrypted"] = _seal(self._secret, passphrase, _bound(head))
         content = (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode()
-        temporary: str | None = None
         try:
             # mkstemp makes the file 0600 from the start; replace() is atomic within a folder.
             handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except OSError as error:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:  # an interrupt too must not leave the secret behind
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             raise KeyFileError(
-                f"The key cannot be written to {target}", got=error.strerror
+                f"The key cannot be written to {target}", got=getattr(error, "strerror", error)
             ) from None
 
     def _is_in(self, path: Path, passphrase: str | None) -> bool:
@@ -249,8 +260,10 @@ def _read_fields(path: Path) -> dict[str, Any]:
         raise KeyFileError(
             f"The key file {path} does not exist", do="make one: hf-watermark keygen"
         ) from None
-    except OSError as error:
-        raise KeyFileError(f"The key file {path} cannot be read", got=error.strerror) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise KeyFileError(
+            f"The key file {path} cannot be read", got=getattr(error, "strerror", error)
+        ) from None
     if not content.strip():
         raise _garbled(path, "an empty file")
     if len(content) > _MAX_FILE_BYTES:
@@ -315,9 +328,11 @@ def _unseal(path: Path, sealed: dict[str, Any], passphrase: str | None, bound: b
             got="none",
             do="set HF_WATERMARK_PASSPHRASE, or pass passphrase=",
         )
-    cost = {name: int(sealed[name]) for name in ("n", "r", "p")}
-    if (sealed["kdf"], sealed["cipher"]) != ("scrypt", "chacha20-poly1305") or any(
-        not 1 <= cost[name] <= limit for name, limit in (("n", 2**20), ("r", 32), ("p", 16))
+    cost = {name: sealed[name] for name in _SCRYPT}
+    if (
+        (sealed["kdf"], sealed["cipher"]) != ("scrypt", "chacha20-poly1305")
+        or not all(type(factor) is int and factor >= 1 for factor in cost.values())
+        or math.prod(cost.values()) > _MAX_WORK
     ):
         raise _garbled(path, "an unknown way of encrypting")
     raw = {
@@ -337,4 +352,6 @@ def _unseal(path: Path, sealed: dict[str, Any], passphrase: str | None, bound: b
 def _stretch(passphrase: str, salt: bytes, n: int, r: int, p: int) -> bytes:
     from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-    return Scrypt(salt=salt, length=32, n=n, r=r, p=p).derive(passphrase.encode())
+    # A passphrase from the environment may hold bytes that are no UTF-8, as lone surrogates.
+    raw = passphrase.encode(errors="surrogatepass")
+    return Scrypt(salt=salt, length=32, n=n, r=r, p=p).derive(raw)

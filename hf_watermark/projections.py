@@ -206,17 +206,19 @@ class Projection:
     def _one_hot(self) -> Floats:
         """The paper's `direct` and `diff` matrices over the columns of all carriers, (T, M)."""
         bits, total = self.scheme.bits, sum(self.columns)
-        raw = np.frombuffer(self._key.stream(f"{self._label}/columns", 16 * total), "<u8")
-        order = np.argsort(raw[:total], kind="stable"), np.argsort(raw[total:], kind="stable")
+        raw = np.frombuffer(self._key.stream(f"{self._label}/columns", 8 * total), "<u8")
+        order = np.argsort(raw, kind="stable")
         x = np.zeros((bits, total), np.float32)
         rows = np.arange(bits)
-        x[rows, order[0][:bits]] += 1.0
-        if self.scheme.key_matrix == "diff":
-            x[rows, order[1][:bits]] -= 1.0
+        x[rows, order[:bits]] = 1.0
+        if self.scheme.key_matrix == "diff":  # no column twice: every message can be written
+            x[rows, order[bits : 2 * bits]] = -1.0
         return x
 
     def responses(self, arrays: Sequence[npt.NDArray[np.floating]]) -> Doubles:
         """z, (T,) float64, in natural sigmas: N(0, 1) each for weights that never saw the key.
+
+        A carrier of zeros says nothing: its part is 0.
 
         Args:
             arrays: The carriers, (out_i, ...) each.
@@ -228,7 +230,7 @@ class Projection:
 
         For `spread`, with z_it the part of carrier i and N_i its weights,
         dz_t/dW_i = u_it x_it^T / (sqrt(out_i) rms_i) - z_it W_i / (N_i rms_i^2);
-        for `mean` the same with w in place of W.
+        for `mean` the same with w in place of W. A carrier of zeros has none: 0.
 
         Args:
             arrays: The carriers, (out_i, ...) each.
@@ -241,6 +243,9 @@ class Projection:
             w = np.asarray(array, np.float64).reshape(self.rows[i], self.columns[i])
             u, x = self.row_signs(i).astype(np.float64), self.x(i).astype(np.float64)
             rms, root = math.sqrt(float(np.mean(w * w))), math.sqrt(self.rows[i])
+            if rms == 0.0:
+                gradients.append(np.zeros(np.shape(array)))
+                continue
             part = float(dz @ (x * (u.T @ w)).sum(axis=1)) / (rms * root)
             g = (u * dz) @ x / (rms * root) - part * w / (w.size * rms * rms)
             gradients.append(g.reshape(np.shape(array)))
@@ -253,6 +258,8 @@ class Projection:
         w = np.concatenate(means)
         x = np.concatenate([self.x(i) for i in range(len(arrays))], axis=1).astype(np.float64)
         scale = self._scale(arrays)
+        if not w.any():
+            return [np.zeros(np.shape(array)) for array in arrays]
         g = dz @ x / scale - float(dz @ (x @ w)) / scale * w / float(w @ w)
         pieces = np.split(g, np.cumsum(self.columns)[:-1])
         return [
@@ -274,7 +281,8 @@ class Projection:
                 continue
             w = np.asarray(array, np.float64).reshape(self.rows[i], self.columns[i])
             y = self.row_signs(i).astype(np.float64).T @ w
-            z += (x * y).sum(axis=1) / (math.sqrt(float(np.mean(w * w))) * math.sqrt(self.rows[i]))
+            norm = math.sqrt(float(np.mean(w * w))) * math.sqrt(self.rows[i])
+            z += (x * y).sum(axis=1) / (norm or 1.0)
         return z
 
     def _scale(self, arrays: Sequence[npt.NDArray[np.floating]]) -> float:
@@ -282,7 +290,7 @@ class Projection:
         if self.scheme.statistic == "spread":
             return 1.0
         w = np.concatenate([self._mean(i, array) for i, array in enumerate(arrays)])
-        return math.sqrt(self.taps * float(np.mean(w * w)))
+        return math.sqrt(self.taps * float(np.mean(w * w))) or 1.0
 
     @property
     def taps(self) -> int:

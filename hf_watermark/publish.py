@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -65,10 +66,12 @@ def write_card(
     """
     from hf_watermark.hub import commit_files
 
+    if files.revision is None:
+        _check_folder(files, create_pr)
     old = read_card_text(files)
     new = updated_card(old, evidence, None if claim is None else claim.public)
     if files.revision is None:
-        path = Path(files.name) / CARD_FILE
+        path = Path(files.name).expanduser() / CARD_FILE
         write_file(path, new.encode())
         return str(path)
     if new == old:
@@ -85,6 +88,18 @@ def write_card(
     return commit.pull_request_url or commit.url
 
 
+def _check_folder(files: Files, create_pr: bool) -> None:
+    if create_pr:
+        raise WatermarkError(
+            f"{files.name} is a local folder and has no pull requests",
+            do="write its card with --write-card, or give org/name",
+        )
+    if not Path(files.name).expanduser().is_dir():
+        raise WatermarkError(
+            f"{files.name} is a single file and has no card", do="give the folder that holds it"
+        )
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that at no moment half of it is there.
 
@@ -96,5 +111,8 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WatermarkError(f"{path} cannot be written", got=error.strerror) from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise WatermarkError(
+            f"{path} cannot be written", got=error.strerror, do="check rights and space left"
+        ) from None

@@ -4,7 +4,7 @@ Everything is fixed by names and shapes before a weight is read: the schedule of
 assignments of the suspect's tensors to the carriers, and with them the number of tries that every
 p-value is corrected for. Looks at growing parts of the rows come first; where they say nothing,
 every carrier is judged alone (all but one may have been replaced), and where tensors were renamed,
-every same-shaped tensor in place of every carrier.
+or layers deleted, inserted and renumbered, every same-shaped tensor in place of every carrier.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ class Plan:
         carriers: The carriers, in the order of the key's streams.
         assignments: Which tensor is read as which carrier; each is tried pooled, look by look.
         looks: Fractions of the rows, growing, the last one 1.
-        pairs: Tensors tried one by one in place of carriers that have no tensor of their name.
-        renamed: Whether names had to be guessed.
+        pairs: Tensors of other names tried one by one in place of carriers, where the names of the
+            suspect cannot be trusted: one is missing, or the default rule leads elsewhere.
     """
 
     carriers: tuple[Carrier, ...]
     assignments: tuple[Assignment, ...]
     looks: tuple[float, ...]
     pairs: tuple[tuple[int, str], ...]
-    renamed: bool
 
     @classmethod
     def make(
@@ -76,18 +75,21 @@ class Plan:
         by_name = {i: c.name for i, c in enumerate(carriers) if shapes.get(c.name) == c.shape}
         assignments: list[Assignment] = [by_name] if by_name else []
         pairs: list[tuple[int, str]] = []
-        if len(by_name) < len(carriers):
-            taken = set(by_name.values())
+        chosen = _chosen(shapes)
+        if len(by_name) < len(carriers) or chosen != tuple(carriers):
+            by_shape: dict[Shape, list[str]] = {}
+            for name in sorted(shapes, key=natural_order):
+                by_shape.setdefault(shapes[name], []).append(name)
+            # A layer deleted or inserted renumbers the rest: present names may be wrong ones.
             pairs = [
                 (i, name)
                 for i, carrier in enumerate(carriers)
-                if i not in by_name
-                for name in sorted(shapes, key=natural_order)
-                if shapes[name] == carrier.shape and name not in taken
+                for name in by_shape.get(carrier.shape, ())
+                if name != carrier.name
             ]
-            assignments += [
-                guess for guess in _guesses(carriers, shapes) if guess not in assignments
-            ]
+            for guess in _guesses(carriers, chosen, by_shape):
+                if guess not in assignments:
+                    assignments.append(guess)
         if not assignments and not pairs:
             raise CarrierMissingError(
                 "The suspect has none of the carriers",
@@ -102,7 +104,7 @@ class Plan:
             looks.append(looks[-1] * _GROWTH)
         if not progressive or looks[0] >= 0.75:
             looks = []
-        return cls(tuple(carriers), tuple(assignments), (*looks, 1.0), tuple(pairs), bool(pairs))
+        return cls(tuple(carriers), tuple(assignments), (*looks, 1.0), tuple(pairs))
 
     @property
     def tries(self) -> int:
@@ -111,17 +113,20 @@ class Plan:
         return len(self.looks) * len(self.assignments) + alone + len(self.pairs)
 
 
-def _guesses(carriers: Sequence[Carrier], shapes: Mapping[str, Shape]) -> Iterator[Assignment]:
-    """Assignments that renaming leaves intact: by the rule, and by order among equal shapes."""
+def _chosen(shapes: Mapping[str, Shape]) -> tuple[Carrier, ...]:
+    """The default choice for the suspect; nothing if none of its tensors qualifies."""
     try:
-        chosen = choose_carriers(shapes)
+        return choose_carriers(shapes)
     except CarrierError:
-        chosen = ()
+        return ()
+
+
+def _guesses(
+    carriers: Sequence[Carrier], chosen: Sequence[Carrier], by_shape: Mapping[Shape, list[str]]
+) -> Iterator[Assignment]:
+    """Assignments that renaming leaves intact: by the rule, and by order among equal shapes."""
     if [c.shape for c in chosen] == [c.shape for c in carriers]:
         yield {i: carrier.name for i, carrier in enumerate(chosen)}
-    by_shape: dict[Shape, list[str]] = {}
-    for name in sorted(shapes, key=natural_order):
-        by_shape.setdefault(tuple(shapes[name]), []).append(name)
     ordered: dict[int, str] = {}
     for shape in {carrier.shape for carrier in carriers}:
         places = [i for i, carrier in enumerate(carriers) if carrier.shape == shape]
@@ -166,42 +171,79 @@ def read_suspect(
 
     Returns:
         The finding that passed, or the best one if none did.
+
+    Raises:
+        CarrierError: If none passed and some tensor could not be read: a planted tensor of NaN
+            neither hides a mark nor lets it pass for absent.
     """
     best: Finding | None = None
-    for finding in _findings(checkpoint, projection, plan, progress):
-        if best is None or finding.log10_p < best.log10_p:
-            best = finding
-        if best.log10_p <= math.log10(alpha):
-            break
+    unreadable: CarrierError | None = None
+    for findings in _attempts(checkpoint, projection, plan, progress):
+        try:
+            for finding in findings:
+                if best is None or finding.log10_p < best.log10_p:
+                    best = finding
+                if best.log10_p <= math.log10(alpha):
+                    return best
+        except CarrierError as error:
+            unreadable = unreadable or error
+    if unreadable is not None:
+        raise unreadable
     assert best is not None  # a plan has at least one assignment or pair
     return best
 
 
-def _findings(
+def _attempts(
     checkpoint: Checkpoint, projection: Projection, plan: Plan, progress: Progress | None
-) -> Iterator[Finding]:
+) -> Iterator[Iterator[Finding]]:
+    """The readings in the order of the plan; those of one attempt share what was fetched."""
     count = _Count(plan, progress)
     for assignment in plan.assignments:
-        direct = all(plan.carriers[i].name == name for i, name in assignment.items())
-        how = "raw" if direct else "renamed"
-        extraction = Extraction(projection)
-        done = 0.0
-        for look in plan.looks:
-            for i, start, block in _blocks(checkpoint, plan, assignment, done, look, count):
-                extraction.add(i, start, block)
-            done = look
-            yield _finding(extraction.reading(), plan, how, assignment.values())
-        if len(assignment) > 1:
-            for i, name in assignment.items():
-                yield _finding(extraction.reading(i), plan, f"{how}, one carrier", [name])
-    for name in dict.fromkeys(name for _, name in plan.pairs):
-        places = [i for i, other in plan.pairs if other == name]
-        extractions = {i: Extraction(projection) for i in places}
-        for _, start, block in _blocks(checkpoint, plan, {places[0]: name}, 0.0, 1.0, count):
-            for i, extraction in extractions.items():
-                extraction.add(i, start, block)
+        yield _pooled(checkpoint, projection, plan, assignment, count)
+    places: dict[str, list[int]] = {}
+    for i, name in plan.pairs:
+        places.setdefault(name, []).append(i)
+    for name, carriers in places.items():
+        yield _replacing(checkpoint, projection, plan, name, carriers, count)
+
+
+def _pooled(
+    checkpoint: Checkpoint,
+    projection: Projection,
+    plan: Plan,
+    assignment: Assignment,
+    count: _Count,
+) -> Iterator[Finding]:
+    """All carriers together, look by look; then each alone."""
+    direct = all(plan.carriers[i].name == name for i, name in assignment.items())
+    how = "raw" if direct else "renamed"
+    extraction = Extraction(projection)
+    done = 0.0
+    for look in plan.looks:
+        for i, start, block in _blocks(checkpoint, plan, assignment, done, look, count):
+            extraction.add(i, start, block)
+        done = look
+        yield _finding(extraction.reading(), plan, how, assignment.values())
+    if len(assignment) > 1:
+        for i, name in assignment.items():
+            yield _finding(extraction.reading(i), plan, f"{how}, one carrier", [name])
+
+
+def _replacing(
+    checkpoint: Checkpoint,
+    projection: Projection,
+    plan: Plan,
+    name: str,
+    carriers: Sequence[int],
+    count: _Count,
+) -> Iterator[Finding]:
+    """One tensor in place of each of several carriers of its shape."""
+    extractions = {i: Extraction(projection) for i in carriers}
+    for _, start, block in _blocks(checkpoint, plan, {carriers[0]: name}, 0.0, 1.0, count):
         for i, extraction in extractions.items():
-            yield _finding(extraction.reading(i), plan, "renamed, one carrier", [name])
+            extraction.add(i, start, block)
+    for i, extraction in extractions.items():
+        yield _finding(extraction.reading(i), plan, "renamed, one carrier", [name])
 
 
 def _finding(reading: Reading, plan: Plan, how: str, names: Iterable[str]) -> Finding:

@@ -89,9 +89,13 @@ class Scheme:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise SchemeError(f"{field} is not a number", got=type(value).__name__)
+            try:
+                value = float(value)
+            except OverflowError:  # an int beyond the range of floats
+                value = math.inf
             if not 0 < value < math.inf:
                 raise SchemeError(f"{field} is out of range", expected="a number > 0", got=value)
-            object.__setattr__(self, field, float(value))
+            object.__setattr__(self, field, value)
 
     def _one_of(self, field: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, field)
@@ -119,7 +123,7 @@ class Scheme:
         if match is None:
             raise SchemeError("Not a scheme's name", expected=cls().name, got=repr(name)[:80])
         part = match.groupdict()
-        return cls(
+        scheme = cls(
             statistic=part["statistic"],
             key_matrix=part["key_matrix"],
             bits=int(part["bits"]),
@@ -128,6 +132,9 @@ class Scheme:
             weight=None if part["weight"] is None else float(part["weight"]),
             decides=part["decides"],
         )
+        if scheme.name != name:  # leading zeros, other digits: one scheme has one name
+            raise SchemeError("Not a scheme's name", expected=scheme.name, got=repr(name)[:80])
+        return scheme
 
     def capacity(self, weights: int, columns: int) -> int:
         """The most bits that carriers of this size can hold.
@@ -136,7 +143,9 @@ class Scheme:
             weights: N, the number of weights of all carriers.
             columns: M, the sum of the carriers' columns (inputs of one output row).
         """
-        return weights // _WEIGHTS_PER_BIT if self.statistic == "spread" else columns
+        if self.statistic == "spread":
+            return weights // _WEIGHTS_PER_BIT
+        return columns // 2 if self.key_matrix == "diff" else columns
 
     def margin(self, weights: int) -> float:
         """The response that every bit should reach, in natural sigmas.

@@ -51,8 +51,14 @@ def log10_binomial_tail(matched: int, bits: int) -> float:
             expected="0 <= matched <= bits, bits >= 1",
             got=f"matched={matched}, bits={bits}",
         )
-    ways = sum(math.comb(bits, k) for k in range(matched, bits + 1))
-    return math.log10(ways) - bits * math.log10(2.0)
+    ways, term = 0, math.comb(bits, matched)
+    for k in range(
+        matched, bits + 1
+    ):  # T = 4096: milliseconds, where T calls of comb take a second
+        ways += term
+        term = term * (bits - k) // (k + 1)
+    size = ways.bit_length()  # taken out first: p near 1 must not drown in log10(2^T)
+    return math.log10(ways / (1 << size)) + (size - bits) * math.log10(2.0)
 
 
 def corrected(log10_p: float, tries: int) -> float:
@@ -67,15 +73,16 @@ def corrected(log10_p: float, tries: int) -> float:
 
 
 def odds_in_words(log10_p: float) -> str:
-    """A chance as people say it: "1 in 10^18", "1 in 250", "about 1 in 2"."""
+    """A chance as people say it: "1 in 10^18", "1 in 250", "about 1 in 2".
+
+    Law: what is said is never rarer than what was found.
+    """
     if math.isinf(log10_p):
         return "0"
     if log10_p <= -6.0:
         return f"1 in 10^{math.floor(-log10_p)}"
     odds = 10.0**-log10_p
-    if odds < 1.5:
-        return "about 1 in 1"
     if odds < 10.0:
-        return f"about 1 in {odds:.0f}"
+        return f"about 1 in {max(1, math.floor(odds))}"
     digits = 10 ** (math.floor(math.log10(odds)) - 1)
     return f"1 in {math.floor(odds / digits) * digits:,}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -27,8 +26,7 @@ from hf_watermark.claims import locate_carriers, make_claim
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.errors import (
     AttachError,
-    CardConflictError,
-    RepoMissingError,
+    HubError,
     RevisionMissingError,
     WatermarkError,
 )
@@ -83,27 +81,34 @@ class WatermarkTrainer(Trainer):
         self._watermark_carriers = watermark_carriers
         self.claim: Claim | None = None
         self._draft: str | None = None
+        self._checkpoint: Path | None = None
+        self._push_revision: str | None = None
+        self._push_token: str | None = None
         self.watermark = self._new_watermark()
         self.watermark.release()
         self.add_callback(_Marking(self))
 
     def _new_watermark(self) -> WatermarkLoss:
         return WatermarkLoss(
-            self._plain_model(),
+            cast(nn.Module, self.model),
             self._watermark_key,
             self._watermark_scheme,
             carriers=self._watermark_carriers,
         )
-
-    def _plain_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model
 
     @property
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
     # Training ---------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does, marking on the way."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # Interrupted or not: the next trainer of this model must be able to attach.
+            self.watermark.release()
 
     def compute_loss(
         self,
@@ -165,6 +170,7 @@ class WatermarkTrainer(Trainer):
             self.claim = self._claim_about(folder)
         except WatermarkError as error:
             # A model without its claim can be claimed later; a training run cannot be repeated.
+            self.claim = None
             (folder / CLAIM_FILE).unlink(missing_ok=True)
             warnings.warn(f"No claim was written to {folder}: {error}", stacklevel=2)
             return
@@ -191,44 +197,56 @@ class WatermarkTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        source = os.path.join(checkpoint_folder, CLAIM_FILE)
-        if self.is_world_process_zero() and os.path.isfile(source):
-            shutil.copy(source, self._folder / CLAIM_FILE)
-        super()._push_from_checkpoint(checkpoint_folder)
+        self._checkpoint = Path(checkpoint_folder)
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self._checkpoint = None
+
+    def _copy_claim(self) -> None:
+        """Put the claim where Trainer copies the checkpoint's weights to, when it does."""
+        if self._checkpoint is None:
+            return
+        (self._folder / CLAIM_FILE).unlink(missing_ok=True)
+        if (self._checkpoint / CLAIM_FILE).is_file():
+            shutil.copy(self._checkpoint / CLAIM_FILE, self._folder / CLAIM_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md: Trainer's draft, or the user's own card, with the evidence in it.
 
         Trainer rewrites an existing card. Here a card that is on the Hub, or else in the output
-        folder, is kept as it is, and only the watermark's part of it is replaced.
+        folder, is kept as it is, and only the watermark's part of it is replaced. A draft that
+        nobody touched since this trainer wrote it makes way for the new one.
         """
         if not self.is_world_process_zero():
             return
         path = self._folder / CARD_FILE
-        existing = self._existing_card()
+        text = self._users_card()
         super().create_model_card(*args, **kwargs)
-        draft = path.read_bytes().decode()
-        # A draft that nobody touched since this trainer wrote it makes way for the new one.
-        untouched = existing is None or without_watermark(existing) == self._draft
-        self._draft = draft
-        text = draft if untouched or existing is None else existing
-        if self.claim is not None:
+        self._draft = path.read_bytes().decode()
+        text = self._draft if text is None else text
+        if self.claim is not None and (self._folder / CLAIM_FILE).is_file():
             text = updated_card(text, self._local_evidence(), self.claim.public)
         write_file(path, text.encode())
 
-    def _existing_card(self) -> str | None:
-        """The user's card, as found on the Hub, else in the output folder; None if there is none.
+    def _users_card(self) -> str | None:
+        """The card on the Hub, else the one in the output folder, that is not our own draft.
 
-        A Hub that fails is an error here: taking the card for missing would replace it.
+        A Hub that fails is an error here: taking the card for missing would replace it. So is a
+        repo that is missing, for it was created: the token may not see it.
         """
+        cards = [read_card_text(FolderFiles(self._folder))]
         repo = cast("str | None", self.hub_model_id)
         if repo is not None:
-            with contextlib.suppress(RepoMissingError, RevisionMissingError):
-                files = HubFiles(repo, self.args.hub_revision, self.args.hub_token)
-                text = read_card_text(files)
-                if text is not None:
-                    return text
-        return read_card_text(FolderFiles(self._folder))
+            revision = self._push_revision or self.args.hub_revision
+            with contextlib.suppress(RevisionMissingError):
+                files = HubFiles(repo, revision, self._push_token or self.args.hub_token)
+                cards.insert(0, read_card_text(files))
+        touched = (card for card in cards if card is not None and self._is_touched(card))
+        return next(touched, None)
+
+    def _is_touched(self, card: str) -> bool:
+        return self._draft is None or without_watermark(card) != self._draft
 
     def _local_evidence(self) -> Evidence:
         evidence = verify_hub_model(self._folder, self._watermark_key, claim=self.claim, read="all")
@@ -252,35 +270,44 @@ class WatermarkTrainer(Trainer):
         Returns:
             What Trainer returns: the commit of the weights.
         """
-        commit = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        self._push_revision, self._push_token = revision, token
+        try:
+            commit = super().push_to_hub(
+                commit_message, blocking, token, revision, private, **kwargs
+            )
+        finally:
+            self._push_revision = self._push_token = None
         if blocking and self.claim is not None and self.is_world_process_zero():
             token = token if token is not None else self.args.hub_token
             self._certify(commit.oid, revision or self.args.hub_revision, token)
         return commit
 
     def _certify(self, oid: str, revision: str | None, token: str | None) -> None:
-        evidence = verify_hub_model(
-            str(self.hub_model_id),
-            self._watermark_key,
-            # The published claim, so that its first commit is found, if it says what to read.
-            claim=self.claim if self.watermark.secret_carriers else None,
-            revision=oid,
-            token=token,
-            read="all",
-        )
-        if not evidence.found:
-            warnings.warn(
-                f"The mark was not found in {self.hub_model_id}: train before pushing", stacklevel=3
-            )
         try:
+            evidence = verify_hub_model(
+                str(self.hub_model_id),
+                self._watermark_key,
+                # The published claim, so that its first commit is found, if it says what to read.
+                claim=self.claim if self.watermark.secret_carriers else None,
+                revision=oid,
+                token=token,
+                read="all",
+            )
+            if not evidence.found:
+                warnings.warn(
+                    f"The mark was not found in {self.hub_model_id}: train before pushing",
+                    stacklevel=3,
+                )
             pushed = HubFiles(evidence.repo, oid, token)
             write_card(pushed, evidence, self.claim, revision=revision, token=token)
             write_card(FolderFiles(self._folder), evidence, self.claim)
-        except CardConflictError:
+        except HubError as error:
             # Weights, claim and card are there; the card only lacks the revision that was read.
             logger.warning(
-                "%s changed during the push; run: verify_hub_model %s --key FILE --write-card",
+                "%s was pushed, but not read back: %s; run: "
+                "verify_hub_model %s --key FILE --write-card",
                 self.hub_model_id,
+                error,
                 self.hub_model_id,
             )
 
@@ -301,11 +328,27 @@ class _Marking(TrainerCallback):
     ) -> None:
         self._trainer.watermark.step()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # What is evaluated is what is saved: the metrics of a checkpoint are its own.
+        if control.should_evaluate or control.should_save:
+            self._trainer.watermark.project()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.watermark.project()
-        self._trainer.watermark.release()
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._copy_claim()
 
 
 def _first_rows(carrier: Carrier, weight: Tensor) -> Any:

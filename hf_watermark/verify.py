@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from hf_watermark.carriers import choose_carriers
+from hf_watermark.carriers import Carrier, choose_carriers
 from hf_watermark.checkpoint import Checkpoint, Files
 from hf_watermark.claims import FoundClaim, check_digests, find_claim
-from hf_watermark.errors import ClaimError, SchemeError
+from hf_watermark.errors import CarrierError, ClaimError, KeyFileError, SchemeError
 from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Projection
@@ -26,6 +27,9 @@ from hf_watermark.scheme import Scheme
 __all__ = ["DEFAULT_ALPHA", "Verification", "verify", "verify_hub_model"]
 
 DEFAULT_ALPHA = 1e-6
+# What X and u may take for carriers that the suspect's own shapes suggest, in bytes. A ViT-g takes
+# 20 MB; a header of a few bytes can declare terabytes.
+_ROOM = 2**29
 
 
 @dataclass(frozen=True)
@@ -112,21 +116,25 @@ def verify(
     from hf_watermark.hub import open_files
 
     started = time.perf_counter()
-    _check_options(alpha, align, read)
+    _check_options(key, alpha, align, read)
     files = open_files(repo, revision, token)
     found = find_claim(files, claim, token)
     checkpoint = Checkpoint.open(files)
     common: dict[str, Any] = {"repo": files.name, "revision": files.revision, "alpha": alpha}
-    if key is None:
-        common |= _public_checks(checkpoint, found)
-    else:
-        with ThreadPoolExecutor(1) as background:
-            usable, notes = _usable(found, key, claim is not None)
-            commit = background.submit(_committed_at, usable, key)
-            reader = key if recipient is None else key.for_recipient(recipient)
-            common |= _read(checkpoint, reader, usable, alpha, read, progress)
-            common |= {"committed_at": commit.result(), "notes": notes}
     others = found.files if found is not None else None
+    with ThreadPoolExecutor(1) as background:
+        if key is None:
+            commit = background.submit(_committed_at, found)
+            common |= _public_checks(checkpoint, found)
+        else:
+            reader = key if recipient is None else key.for_recipient(recipient)
+            found, notes = _usable(found, (key, reader), claim is not None)
+            commit = background.submit(_committed_at, found)
+            common |= _read(checkpoint, reader, found, alpha, read, progress)
+            if recipient is not None:
+                notes += (f"Read with the key of the copy that was handed to {recipient!r}.",)
+            common |= {"notes": notes}
+        common |= {"committed_at": commit.result()}
     evidence = Evidence(
         **common,
         bytes_read=checkpoint.bytes_read
@@ -137,7 +145,13 @@ def verify(
     return Verification(evidence, found.claim if found is not None else None, files)
 
 
-def _check_options(alpha: float, align: str, read: str) -> None:
+def _check_options(key: OwnerKey | None, alpha: float, align: str, read: str) -> None:
+    if not (key is None or isinstance(key, OwnerKey)):
+        raise KeyFileError(
+            "The key is no OwnerKey",
+            got=type(key).__name__,
+            do="load it: OwnerKey.load('acme.key')",
+        )
     if not (isinstance(alpha, (int, float)) and 0.0 < alpha < 1.0 and math.isfinite(alpha)):
         raise SchemeError("alpha is out of range", expected="a number between 0 and 1", got=alpha)
     if align not in ("auto", "never"):
@@ -147,22 +161,26 @@ def _check_options(alpha: float, align: str, read: str) -> None:
 
 
 def _usable(
-    found: FoundClaim | None, key: OwnerKey, given: bool
+    found: FoundClaim | None, keys: tuple[OwnerKey, OwnerKey], given: bool
 ) -> tuple[FoundClaim | None, tuple[str, ...]]:
-    """The claim to read by, if it is this key's; a foreign one that was asked for is an error."""
+    """The claim to read by, if it is the owner's or the recipient's copy's.
+
+    A foreign one that was asked for is an error.
+    """
     if found is None:
         return None, ("The repo holds no claim: the default carriers were read.",)
-    if not found.claim.commits_to(key):
+    signer = next((key for key in keys if found.claim.commits_to(key)), None)
+    if signer is None:
         if given:
             raise ClaimError(
                 "The claim does not belong to this key",
-                expected=f"the commitment {key.commitment[:16]}...",
+                expected=f"the commitment {keys[0].commitment[:16]}...",
                 got=f"{found.claim.commitment[:16]}...",
                 do="pass the claim of this key's owner, or the other key",
             )
         return None, ("The repo's claim commits to another key: the default carriers were read.",)
     where = "the owner's copy" if given else found.files.name if found.files else "the repo"
-    found.claim.check_secret_carriers(key, where)
+    found.claim.check_secret_carriers(signer, where)
     if found.claim.hides_carriers:
         raise ClaimError(
             "The public claim does not name its carriers",
@@ -172,21 +190,24 @@ def _usable(
     return found, ()
 
 
-def _committed_at(found: FoundClaim | None, key: OwnerKey) -> str | None:
+def _committed_at(found: FoundClaim | None) -> str | None:
+    """The commit that first published a claim of the same key where this one was found."""
     if found is None or found.files is None or found.files.revision is None:
         return None
     from hf_watermark.hub import HubFiles, first_commit
 
-    def is_ours(content: bytes) -> bool:
+    identity = (found.claim.public_key, found.claim.commitment)
+
+    def is_theirs(content: bytes) -> bool:
         try:
             claim = Claim.from_bytes(content, CLAIM_FILE)
             claim.check(CLAIM_FILE)
         except ClaimError:
             return False
-        return claim.commits_to(key)
+        return (claim.public_key, claim.commitment) == identity
 
     assert isinstance(found.files, HubFiles)  # a folder has no revision
-    return first_commit(found.files, CLAIM_FILE, is_ours)
+    return first_commit(found.files, CLAIM_FILE, is_theirs)
 
 
 def _read(
@@ -199,7 +220,8 @@ def _read(
 ) -> dict[str, Any]:
     shapes = checkpoint.shapes()
     if found is None:
-        scheme, carriers = Scheme(), choose_carriers(shapes)
+        scheme = Scheme()
+        carriers = _default_carriers(shapes, scheme)
     else:
         scheme = Scheme.from_name(found.claim.scheme)
         carriers = tuple(claimed.carrier for claimed in found.claim.carriers)
@@ -218,6 +240,20 @@ def _read(
         "carriers": finding.carriers,
         "key_fingerprint": key.fingerprint,
     }
+
+
+def _default_carriers(shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[Carrier, ...]:
+    carriers = choose_carriers(shapes)
+    room = scheme.bits * sum(4 * carrier.columns + carrier.rows for carrier in carriers)
+    if room > _ROOM:
+        largest = max(carriers, key=lambda carrier: carrier.weights)
+        raise CarrierError(
+            "The suspect's layers are too large for the default carriers",
+            expected=f"at most {_ROOM:,} bytes to read them",
+            got=f"{room:,}, for such as {largest.name[:120]!r} of shape {list(largest.shape)}",
+            do="pass the owner's claim with --claim",
+        )
+    return carriers
 
 
 def _public_checks(checkpoint: Checkpoint, found: FoundClaim | None) -> dict[str, Any]:
@@ -243,7 +279,6 @@ def _public_checks(checkpoint: Checkpoint, found: FoundClaim | None) -> dict[str
         "scheme": claim.scheme,
         "carriers": tuple(claimed.name for claimed in claim.carriers),
         "key_fingerprint": None,
-        "committed_at": None,
         "notes": (
             f"The claim's signature fits its public key {claim.public_key[:16]}...",
             digests,
