@@ -1,9 +1,10 @@
 """Does one rule serve every image classifier of transformers, and heads beyond classification?
 
-Each architecture of the auto mapping is built small (its own code, sizes shrunk), saved, trained for
-a few steps with the default mark, saved again, and verified with the key alone; and what was saved
-first is marked on disk without training. Both must be found, read like any checkpoint, and the
-second may differ in the carriers' bytes only. The unmarked one must not be found, nor another key.
+Each architecture of the auto mapping is built small (its own code, sizes shrunk) and trained for a
+few steps twice: with the default mark, and without; the latter is then marked on disk, without data.
+Both marks must be found with the key alone and load with plain `from_pretrained`; the second may
+differ from its source in the carriers' bytes only. Nothing must be found in the unmarked one, nor
+with another key. Models for detection, segmentation and the like are examined the same way.
 
     python benchmarks/architectures.py --out benchmarks/results/architectures.json
     python benchmarks/architectures.py --only ViT ResNet
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -25,20 +27,21 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from hf_watermark import OwnerKey, Scheme
-from hf_watermark.carriers import choose_carriers
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
 from hf_watermark.direct import embed_checkpoint
-from hf_watermark.embedding import WatermarkLoss
+from hf_watermark.embedding import Measurement, WatermarkLoss
 from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.verify import verify_hub_model
 
-STEPS = 5  # of training
-BATCH = 4  # images a step
-ANSWERED = 32  # images that the marked and the unmarked model are compared on
+STEPS = 30  # of training
+HEAD_STEPS = 10  # of training a head beyond classification
+BATCH = 10  # images a step
+ANSWERED = 50  # images that the marked and the unmarked model are compared on
 LABELS = 10
 
 Sizes = dict[str, Any]
@@ -66,7 +69,7 @@ _MIT: Sizes = {  # the encoder of SegFormer and GLPN
 }
 _PERCEIVER: Sizes = {
     "num_latents": 16,
-    "d_latents": 128,
+    "d_latents": 192,
     "num_self_attends_per_block": 4,
     "num_self_attention_heads": 4,
     "num_cross_attention_heads": 1,
@@ -98,7 +101,12 @@ SMALL: dict[str, Sizes] = {
     "Dinov2": _PLAIN,
     "Dinov2WithRegisters": _PLAIN,
     "DonutSwin": _SWIN,
-    "EfficientNet": {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640, "initializer_range": 0.3},
+    "EfficientNet": {
+        "width_coefficient": 0.5,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 640,
+        "initializer_range": 0.3,
+    },
     "FocalNet": {
         "image_size": 64,
         "embed_dim": 32,
@@ -110,7 +118,7 @@ SMALL: dict[str, Sizes] = {
     "HGNetV2": {
         "stem_channels": [3, 16, 24],
         "stage_in_channels": [24, 32, 64, 128],
-        "stage_mid_channels": [16, 24, 32, 48],
+        "stage_mid_channels": [24, 32, 64, 64],
         "stage_out_channels": [32, 64, 128, 192],
         "stage_num_blocks": [1, 1, 2, 1],
         "stage_numb_of_layers": [3, 3, 3, 3],
@@ -135,11 +143,12 @@ SMALL: dict[str, Sizes] = {
         "depths": [2, 2, 2],
     },
     "MetaClip2": {"vision_config": _PLAIN},
-    "MobileNetV1": {"depth_multiplier": 0.5},
+    "MobileNetV1": {"depth_multiplier": 0.5, "classifier_dropout_prob": 0.1},
     "MobileNetV2": {"depth_multiplier": 0.5},
     "MobileViT": {
         "image_size": 64,
         "hidden_sizes": [48, 64, 80],
+        "initializer_range": 0.06,
         "neck_hidden_sizes": [16, 16, 24, 32, 48, 64, 192],
     },
     "MobileViTV2": {"image_size": 64, "width_multiplier": 0.5},
@@ -147,15 +156,15 @@ SMALL: dict[str, Sizes] = {
     "PerceiverFourier": {**_PERCEIVER, "d_model": 261},
     "PerceiverLearned": {**_PERCEIVER, "d_model": 512},
     "PoolFormer": _PYRAMID,
-    "PPLCNet": {"scale": 0.5},
+    "PPLCNet": {},
     "Pvt": {**_PYRAMID, "image_size": 64, "num_attention_heads": [1, 2, 4, 8]},
     "PvtV2": {**_PYRAMID, "image_size": 64, "num_attention_heads": [1, 2, 4, 8]},
     "RegNet": {
         "hidden_sizes": [32, 64, 96, 192],
-        "depths": [1, 2, 2, 1],
+        "depths": [1, 2, 2, 2],
         "groups_width": 16,
     },
-    "ResNet": {"embedding_size": 32, "hidden_sizes": [64, 64, 128, 256], "depths": [1, 1, 1, 1]},
+    "ResNet": {"embedding_size": 32, "hidden_sizes": [64, 64, 128, 256], "depths": [1, 1, 2, 2]},
     "Segformer": _MIT,
     "ShieldGemma2": {
         "text_config": _GEMMA_TEXT,
@@ -226,7 +235,12 @@ HEADS: dict[str, tuple[str, Sizes]] = {
     "GLPNForDepthEstimation": ("GLPNConfig", {**_MIT, "decoder_hidden_size": 32}),
     "Mask2FormerForUniversalSegmentation": (
         "Mask2FormerConfig",
-        {**_MASKS, **_backbone("swin", {**_SWIN, "depths": [1, 1, 2, 1], "num_heads": [2, 4, 8, 8]}, _STAGES)},
+        {
+            **_MASKS,
+            **_backbone(
+                "swin", {**_SWIN, "depths": [1, 1, 2, 1], "num_heads": [2, 4, 8, 8]}, _STAGES
+            ),
+        },
     ),
     "MobileNetV2ForSemanticSegmentation": ("MobileNetV2Config", SMALL["MobileNetV2"]),
     "OwlViTForObjectDetection": (
@@ -238,7 +252,7 @@ HEADS: dict[str, tuple[str, Sizes]] = {
     "SiglipModel": ("SiglipConfig", _TOWERS),
     "Swin2SRForImageSuperResolution": (
         "Swin2SRConfig",
-        {"image_size": 32, "embed_dim": 64, "depths": [2, 2], "num_heads": [4, 4]},
+        {"image_size": 16, "embed_dim": 64, "depths": [2, 2], "num_heads": [4, 4]},
     ),
     "UperNetForSemanticSegmentation": (
         "UperNetConfig",
@@ -277,6 +291,7 @@ class Architecture:
     model_class: Any
     config_class: Any
     sizes: Sizes
+    classifies: bool = True
     auto: bool = False  # whether the auto class leads to it
 
     def build(self, seed: int) -> Any:
@@ -300,15 +315,15 @@ def classifiers() -> Iterator[Architecture]:
             sizes = SMALL.get(label)
             if sizes is None:
                 sizes = SMALL[config_class.__name__.removesuffix("Config")]
-            yield Architecture(label, model_class, config_class, sizes, model_class is classes[0])
+            auto = model_class is classes[0]
+            yield Architecture(label, model_class, config_class, sizes, auto=auto)
 
 
 def heads() -> Iterator[Architecture]:
     """Detection, segmentation, depth, restoration and vision with text."""
     for name, (config_name, sizes) in HEADS.items():
-        yield Architecture(
-            name, getattr(transformers, name), getattr(transformers, config_name), sizes
-        )
+        model_class, config_class = getattr(transformers, name), getattr(transformers, config_name)
+        yield Architecture(name, model_class, config_class, sizes, classifies=False)
 
 
 def patches(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -339,7 +354,9 @@ def inputs(model: Any, count: int, seed: int) -> tuple[dict[str, torch.Tensor], 
     given = {"pixel_values": pixels}
     if name.startswith("ImageGPT"):  # reads a palette's colours one by one
         levels = ((pixels.clamp(-2, 2) + 2) * 1.25).round().long()  # 6 of each colour
-        return {"input_ids": (levels[:, 0] * 36 + levels[:, 1] * 6 + levels[:, 2]).flatten(1)}, labels
+        return {
+            "input_ids": (levels[:, 0] * 36 + levels[:, 1] * 6 + levels[:, 2]).flatten(1)
+        }, labels
     if name.startswith("Perceiver"):
         given = {"inputs": pixels}
     elif name.startswith("Siglip2"):
@@ -387,12 +404,14 @@ def answers(model: Any) -> torch.Tensor:
 
 
 def accuracy(model: Any, said: torch.Tensor) -> float:
-    return float((said.argmax(-1) == inputs(model, ANSWERED, seed=1)[1]).float().mean())
+    """The part of `answers` that names the right kind."""
+    labels = inputs(model, ANSWERED, seed=1)[1]
+    return _rounded(float((said.argmax(-1) == labels).float().mean()))
 
 
 def calibrate(model: Any) -> None:
     """Running statistics of what the model sees: averages over a few steps lag behind it."""
-    norms = [m for m in model.eval().modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    norms = [m for m in model.eval().modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().reset_running_stats()
@@ -403,17 +422,31 @@ def calibrate(model: Any) -> None:
         norm.momentum = momentum
 
 
-def train(model: Any, key: OwnerKey | None, seed: int) -> float | None:
-    """A few steps of AdamW, marked unless the key is None; the mark's smallest margin at the end."""
+def loss_of(said: torch.Tensor, labels: torch.Tensor, classifies: bool) -> torch.Tensor:
+    """Of a classifier, cross entropy; any other head learns an arbitrary answer to every kind."""
+    if classifies:
+        return torch.nn.functional.cross_entropy(said, labels)
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randn(LABELS, *said.shape[1:], generator=generator)
+    return torch.nn.functional.mse_loss(said, targets[labels])
+
+
+def train(
+    model: Any, key: OwnerKey | None, *, classifies: bool = True, seed: int = 0
+) -> Measurement | None:
+    """A few steps of AdamW, marked unless the key is None; how the mark stands then."""
+    steps = STEPS if classifies else HEAD_STEPS
     set_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     model.train()
     watermark = WatermarkLoss(model, key) if key is not None else None
-    for step in range(STEPS):
+    for step in range(steps):
         given, labels = inputs(model, BATCH, seed=100 + step)
-        loss = torch.nn.functional.cross_entropy(answer(model, given), labels)
+        loss = loss_of(answer(model, given), labels, classifies)
         (loss if watermark is None else watermark(loss)).backward()
         optimizer.step()
+        decay.step()
         if watermark is not None:
             watermark.step()
         optimizer.zero_grad()
@@ -421,10 +454,10 @@ def train(model: Any, key: OwnerKey | None, seed: int) -> float | None:
     if watermark is None:
         return None
     watermark.detach()
-    return watermark.measure().margin
+    return watermark.measure()
 
 
-def same_outside(source: Path, marked: Path, carriers: tuple[str, ...]) -> bool:
+def same_outside(source: Path, marked: Path, carriers: list[str]) -> bool:
     """Whether the two folders differ in nothing but the carriers' bytes and the claim."""
     old = Checkpoint.open(FolderFiles(source))
     if {p.name for p in marked.iterdir()} - {CLAIM_FILE} != {p.name for p in source.iterdir()}:
@@ -445,17 +478,18 @@ def reloaded(architecture: Architecture, folder: Path) -> tuple[Any, bool]:
     """The model as plain transformers loads it, and whether every weight was found and wanted."""
     loader = AutoModelForImageClassification if architecture.auto else architecture.model_class
     model, report = loader.from_pretrained(folder, output_loading_info=True)
-    complete = type(model) is architecture.model_class and not any(report.values())
-    return model, complete
+    return model, type(model) is architecture.model_class and not any(report.values())
 
 
-def verdict(folder: Path, key: OwnerKey) -> tuple[str, float]:
-    """What a verifier finds with the key alone; log10 p of all carriers, corrected for tries."""
+def verdict(folder: Path, key: OwnerKey) -> dict[str, Any]:
+    """What a verifier finds without a claim; log10 p of all carriers, corrected for the tries."""
     (folder / CLAIM_FILE).unlink(missing_ok=True)
-    return (
-        verify_hub_model(folder, key).verdict,
-        _rounded(verify_hub_model(folder, key, read="all").log10_p),
-    )
+    evidence = verify_hub_model(folder, key, read="all")
+    return {
+        "verdict": verify_hub_model(folder, key).verdict,
+        "log10_p": _rounded(evidence.log10_p),
+        "matched": evidence.matched,
+    }
 
 
 def _rounded(value: float) -> float:
@@ -463,102 +497,94 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def examine(
-    architecture: Architecture, key: OwnerKey, *, training: bool = True, seed: int = 0
-) -> dict[str, Any]:
-    """Build, train and mark, mark on disk, verify, reload; one row of the table.
+def examine(architecture: Architecture, key: OwnerKey, *, seed: int = 0) -> dict[str, Any]:
+    """Build, train with the mark and without, mark on disk, verify, reload; a row of the table.
 
     Args:
         architecture: What to build.
         key: The owner's.
-        training: Whether to mark while training too; without, on disk only.
-        seed: Of the weights that the model starts with.
+        seed: Of the weights and of the training.
 
     Raises:
         ImportError: If the architecture needs a library that is not installed.
     """
-    model = architecture.build(seed)
-    other = key.for_recipient("somebody else")
+    unmarked, model = architecture.build(seed), architecture.build(seed)
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     with tempfile.TemporaryDirectory() as folder:
         plain, trained, direct = (Path(folder) / name for name in ("plain", "trained", "direct"))
-        before = answers(model)
-        model.save_pretrained(plain)
+        train(unmarked, None, classifies=architecture.classifies, seed=seed)
+        before = answers(unmarked)
+        unmarked.save_pretrained(plain)
         done = embed_checkpoint(plain, key, direct)
-        carriers = tuple(claimed.carrier for claimed in done.claim.carriers)
-        names = tuple(carrier.name for carrier in carriers)
+        carriers = [claimed.carrier for claimed in done.claim.carriers]
+        names = [carrier.name for carrier in carriers]
         row |= {
             "carriers": len(carriers),
             "first_carrier": names[0],
             "columns": sum(carrier.columns for carrier in carriers),
             "weights": sum(carrier.weights for carrier in carriers),
             "bits": Scheme.from_name(done.claim.scheme).bits,
+            "unmarked": {"verdict": verify_hub_model(plain, key).verdict},
+            "direct": {
+                "scheme": done.claim.scheme,
+                "margin": _rounded(done.margin),
+                "largest_change": _rounded(done.largest_change),
+                "same_outside_carriers": same_outside(plain, direct, names),
+                "with_claim": verify_hub_model(direct, key).verdict,
+                "another_key": verify_hub_model(direct, key.for_recipient("another")).verdict,
+                **verdict(direct, key),
+            },
         }
         marked, loads = reloaded(architecture, direct)
         after = answers(marked)
-        row["direct"] = {
-            "scheme": done.claim.scheme,
-            "margin": _rounded(done.margin),
-            "largest_change": _rounded(done.largest_change),
-            "logit_change": _rounded(float((after - before).norm() / before.norm())),
-            "same_top1": float((after.argmax(-1) == before.argmax(-1)).float().mean())
-            if before.ndim == 2
-            else None,
-            "same_outside_carriers": same_outside(plain, direct, names),
+        row["direct"] |= {
             "reloads": loads,
-            "with_claim": verify_hub_model(direct, key).verdict,
-            "other_key": verify_hub_model(direct, other).verdict,
+            "logit_change": _rounded(float((after - before).norm() / before.norm())),
         }
-        row["direct"]["verdict"], row["direct"]["log10_p"] = verdict(direct, key)
-        row["unmarked"] = verify_hub_model(plain, key).verdict
-        if training:
-            margin = train(model, key)
-            said = answers(model)
-            model.save_pretrained(trained)
-            again, loads = reloaded(architecture, trained)
-            row["trained"] = {
-                "scheme": Scheme().name,
-                "margin": _rounded(margin),
-                "same_carriers": _chosen(model) == names,
-                "reloads": loads and torch.allclose(answers(again), said, rtol=1e-4, atol=1e-5),
-            }
-            row["trained"]["verdict"], row["trained"]["log10_p"] = verdict(trained, key)
+        standing = train(model, key, classifies=architecture.classifies, seed=seed)
+        said = answers(model)
+        model.save_pretrained(trained)
+        again, loads = reloaded(architecture, trained)
+        row["trained"] = {
+            "scheme": Scheme().name,
+            "margin": _rounded(standing.margin),
+            "reloads": loads and torch.allclose(answers(again), said, rtol=1e-3, atol=1e-4),
+            **verdict(trained, key),
+        }
+        if architecture.classifies:
+            for part, logits in (("unmarked", before), ("direct", after), ("trained", said)):
+                row[part]["accuracy"] = accuracy(model, logits)
+            same = (after.argmax(-1) == before.argmax(-1)).float().mean()
+            row["direct"]["same_top1"] = _rounded(float(same))
     return row
-
-
-def _chosen(model: Any) -> tuple[str, ...]:
-    """The default carriers by the module's names, which those in a checkpoint need not equal."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return tuple(carrier.name for carrier in choose_carriers(shapes))
 
 
 def good(row: dict[str, Any]) -> bool:
     """Whether everything that was tried held."""
     if "direct" not in row:
         return False
-    direct, trained = row["direct"], row.get("trained", {"verdict": "found", "reloads": True})
+    direct, trained = row["direct"], row["trained"]
     return (
         direct["verdict"] == direct["with_claim"] == trained["verdict"] == "found"
         and direct["reloads"]
         and trained["reloads"]
         and direct["same_outside_carriers"]
-        and row["unmarked"] == direct["other_key"] == "not found"
+        and row["unmarked"]["verdict"] == direct["another_key"] == "not found"
     )
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    """The first sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:300]
 
 
-def survey(
-    architectures: Iterator[Architecture], key: OwnerKey, *, training: bool, seed: int
-) -> dict[str, Any]:
+def survey(architectures: Iterator[Architecture], key: OwnerKey, *, seed: int) -> dict[str, Any]:
     """A row for each; what cannot be built is skipped, everything else that breaks has failed."""
     rows: dict[str, Any] = {}
     for architecture in architectures:
         started = time.perf_counter()
         try:
-            row = examine(architecture, key, training=training, seed=seed)
+            row = examine(architecture, key, seed=seed)
         except ImportError as error:
             row = {"skipped": _told(error)}
         except Exception as error:  # one that breaks must not hide the others
@@ -580,18 +606,18 @@ def summary(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Both surveys as one Markdown table."""
+    """Both surveys as one Markdown table, with what was left out and why."""
     head = (
         "architecture",
-        "carriers",
-        "first of them",
+        "carriers, the first of them",
         "M",
         "N",
         "log10 p, trained",
         "log10 p, on disk",
-        "weight change",
-        "logit change",
+        "dW on disk",
+        "logits on disk",
         "same top-1",
+        "accuracy: unmarked, trained, on disk",
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     left = []
@@ -599,29 +625,38 @@ def table(record: dict[str, Any]) -> str:
         if "direct" not in row:
             left.append(f"{label}: {row.get('skipped') or 'failed, ' + row['failed']}")
             continue
-        direct, trained = row["direct"], row.get("trained")
-        top1 = direct["same_top1"]
+        direct, trained = row["direct"], row["trained"]
+        accuracies = [one.get("accuracy") for one in (row["unmarked"], trained, direct)]
         cells = (
             label if good(row) else f"**{label}: failed**",
-            str(row["carriers"]),
-            f"`{row['first_carrier']}`",
+            f"{row['carriers']}, `{_short(row['first_carrier'])}`",
             f"{row['columns']:,}",
             f"{row['weights']:,}",
-            f"{trained['log10_p']:.0f}" if trained else "",
+            f"{trained['log10_p']:.0f}",
             f"{direct['log10_p']:.0f}",
             f"{100 * direct['largest_change']:.1f}%",
             f"{100 * direct['logit_change']:.1f}%",
-            f"{100 * top1:.0f}%" if top1 is not None else "",
+            f"{100 * direct['same_top1']:.0f}%" if "same_top1" in direct else "",
+            ", ".join(f"{100 * one:.0f}%" for one in accuracies if one is not None),
         )
         lines.append(f"| {' | '.join(cells)} |")
     settings = record["settings"]
     lines += [
         "",
-        f"T = {settings['bits']} bits; transformers {settings['transformers']}; random weights, "
-        f"{settings['steps']} steps of training, answers to {settings['answered']} images.",
+        f"T = {settings['bits']} bits, transformers {settings['transformers']}, "
+        f"{settings['steps']} steps of training from random weights (heads beyond classification: "
+        f"{settings['head_steps']}), {settings['images']} images. Every row was found with the key alone, not found "
+        "unmarked or with another key, is the same outside the carriers' bytes, and loads with "
+        "`from_pretrained`; those that were not say failed.",
         *(f"Left out: {line}." for line in left),
     ]
     return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    """A tensor's name from its first numbered part on."""
+    found = re.search(r"[^.]+\.\d+\..*", name)
+    return (found[0] if found else name).removesuffix(".weight")
 
 
 def main() -> None:
@@ -644,16 +679,17 @@ def main() -> None:
         return (a for a in architectures if not options.only or a.label in options.only)
 
     rows = {
-        "classifiers": survey(wanted(classifiers()), key, training=True, seed=options.seed),
-        "heads": survey(wanted(heads()), key, training=False, seed=options.seed),
+        "classifiers": survey(wanted(classifiers()), key, seed=options.seed),
+        "heads": survey(wanted(heads()), key, seed=options.seed),
     }
     record = {
         "question": "Does one rule serve every image classifier of transformers?",
         "settings": {
             "seed": options.seed,
             "steps": STEPS,
+            "head_steps": HEAD_STEPS,
             "batch": BATCH,
-            "answered": ANSWERED,
+            "images": ANSWERED,
             "bits": Scheme().bits,
             "scheme": Scheme().name,
             "transformers": transformers.__version__,

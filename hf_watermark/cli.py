@@ -8,6 +8,8 @@ The examples in the help stand after a backspace, click's sign for "do not rewra
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import sys
 import time
@@ -37,6 +39,8 @@ _SLOW = 1.0  # seconds before a progress bar appears
 def _run(command: click.Command, name: str) -> None:
     """Run a command; every failure becomes one line on stderr and exit status 2."""
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name that this terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -239,7 +243,7 @@ def _verify(
         )
     evidence = done.evidence
     if form == "json":
-        click.echo(evidence.to_json())
+        _echo_json(evidence.to_dict())
     elif form == "quiet":
         click.echo(evidence.verdict)
     else:
@@ -353,9 +357,8 @@ def _write_report(path: str, evidence: Evidence, claim: Claim | None) -> None:
 
 
 def _echo_json(value: dict[str, Any]) -> None:
-    import json
-
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """One object on one line, in ASCII: it survives every terminal, pipe and name of a folder."""
+    click.echo(json.dumps(value, allow_nan=False))
 
 
 @contextmanager

@@ -8,35 +8,18 @@ themselves are read once before and written once after.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
-from hf_watermark.carriers import Carrier
-from hf_watermark.key import OwnerKey
-from hf_watermark.projections import Doubles, Floats, Projection
-from hf_watermark.scheme import Scheme
+from hf_watermark.projections import Doubles
 
-__all__ = [
-    "TOLERANCE",
-    "Directions",
-    "Grams",
-    "Mark",
-    "Response",
-    "Sums",
-    "growth",
-    "least_change",
-    "lift",
-    "responses_after",
-    "rounded",
-]
+__all__ = ["TOLERANCE", "growth", "least_change", "lift", "responses_after"]
 
 TOLERANCE = 1e-3  # of the margin: what counts as reached
-_PASSES = 20  # 2 to 4 are usual; more where the margin takes half of the carriers' size
+_PASSES = 20  # 2 or 3 are usual
 _STEPS = 2000  # of the projected gradient; as many bits as directions can bear take hundreds
-_ROOM = 2**27  # bytes of Gram matrices that are kept; others are made again for every pass
+_LARGEST = 5.0  # growth that is taken seriously: beyond it 98% of a carrier are mark
 
 
 def least_change(deficit: Doubles, gram: Doubles) -> Doubles:
@@ -55,7 +38,10 @@ def least_change(deficit: Doubles, gram: Doubles) -> Doubles:
         a, (T,) float64.
     """
     # The largest sum of a row bounds the largest eigenvalue, and is cheap at thousands of bits.
-    step = 1.0 / max(float(np.abs(gram).sum(axis=1).max()), 1e-300)
+    largest = float(np.abs(gram).sum(axis=1).max())
+    if largest == 0.0:
+        return np.zeros_like(deficit)
+    step = 1.0 / largest
     a = np.maximum(deficit, 0.0) * step
     previous, momentum = a, 1.0
     for _ in range(_STEPS):
@@ -72,9 +58,7 @@ def least_change(deficit: Doubles, gram: Doubles) -> Doubles:
 
 def growth(v: Doubles, z: Doubles, grams: Iterable[Doubles], weights: Doubles) -> Doubles:
     """By what factor the norm of every carrier grows when it is changed by v, (n,)."""
-    added = np.array([v @ gram @ v for gram in grams])
-    ratio: Doubles = np.sqrt(np.maximum(1.0 + (2.0 * (z @ v) + added) / weights, 1e-12))
-    return ratio
+    return _after(v, z, grams, weights)[1]
 
 
 def responses_after(v: Doubles, z: Doubles, grams: Iterable[Doubles], weights: Doubles) -> Doubles:
@@ -86,10 +70,16 @@ def responses_after(v: Doubles, z: Doubles, grams: Iterable[Doubles], weights: D
         grams: Inner products of the directions in every carrier, n of (T, T).
         weights: Weights of every carrier, (n,).
     """
+    return _after(v, z, grams, weights)[0]
+
+
+def _after(
+    v: Doubles, z: Doubles, grams: Iterable[Doubles], weights: Doubles
+) -> tuple[Doubles, Doubles]:
     moved = np.stack([gram @ v for gram in grams])
-    ratio = np.sqrt(np.maximum(1.0 + ((2.0 * z + moved) @ v) / weights, 1e-12))
-    after: Doubles = ((z + moved) / ratio[:, None]).sum(axis=0)
-    return after
+    ratio: Doubles = np.sqrt(np.maximum(1.0 + ((2.0 * z + moved) @ v) / weights, 1e-12))
+    responses: Doubles = ((z + moved) / ratio[:, None]).sum(axis=0)
+    return responses, ratio
 
 
 def lift(
@@ -97,8 +87,9 @@ def lift(
 ) -> Doubles:
     """Coefficients v that bring every s_t z_t to its margin, scaling back included.
 
-    Law: `signs * responses_after(v, ...) >= margins * (1 - TOLERANCE)` wherever any v that is found
-    by raising what is asked for can reach them.
+    Law: where all margins take up to 80% of the carriers' size (1 would leave nothing else),
+    `signs * responses_after(v, ...) >= margins * (1 - TOLERANCE)`, with equality up to 2 TOLERANCE
+    for every bit that is changed; without scaling back v would be the least change.
 
     Args:
         z: Responses of every carrier alone, (n, T).
@@ -124,152 +115,18 @@ def lift(
     target = lacking
     for _ in range(_PASSES):
         v = signs * least_change(target, signed)
-        lacking = margins - signs * responses_after(v, z, grams, weights)
+        after, ratio = _after(v, z, grams, weights)
+        lacking = margins - signs * after
         worst = float(np.max(lacking - TOLERANCE * margins))
         if worst < least or worst <= 0.0:
             best, least = v, worst
         # Bits without a change of their own may have more than they need, the others not.
         if float(np.max(np.where(v != 0.0, np.abs(lacking), lacking) - TOLERANCE * margins)) <= 0.0:
             break
-        target = target + np.where(v != 0.0, lacking, np.maximum(lacking, 0.0))
+        # Scaling back makes t of the responses t / g, g^2 = 1 + |t|^2 / N. Newton's step from there
+        # is g (lacking + t <t, lacking> / N): only along t itself is g^3 times as much needed.
+        wrong = np.where(v != 0.0, lacking, np.maximum(lacking, 0.0))
+        g = min(float(np.average(ratio, weights=weights)), _LARGEST)
+        unscaled = signs * after * g
+        target = target + g * (wrong + unscaled * float(unscaled @ wrong) / float(weights.sum()))
     return best
-
-
-@dataclass(frozen=True)
-class Response:
-    """What one carrier says.
-
-    Attributes:
-        z: Its responses alone, (T,), in natural sigmas of all carriers together.
-        variance: Their variance given the weights and the row signs, (T,).
-        rms: Root mean square of its weights.
-    """
-
-    z: Doubles
-    variance: Doubles
-    rms: float
-
-
-class Mark:
-    """What one or several keys want of the same carriers, as one message of all their bits.
-
-    Args:
-        keys: The owner's, and a recipient's.
-        scheme: Of all of them.
-        carriers: In the order of the keys' streams.
-    """
-
-    def __init__(
-        self, keys: Sequence[OwnerKey], scheme: Scheme, carriers: Sequence[Carrier]
-    ) -> None:
-        self._keys, self._scheme = keys, scheme
-        self.carriers = carriers
-        self.weights = np.array([float(carrier.weights) for carrier in carriers])
-        projections = self._projections()
-        self.signs = np.concatenate([p.message_signs for p in projections])
-        self.margin = projections[0].margin
-
-    @property
-    def own(self) -> slice:
-        """The bits of the first key."""
-        return slice(0, self._scheme.bits)
-
-    def directions(self, carrier: int) -> Directions:
-        """The directions of one carrier, made from the keys and not kept: a model has many."""
-        projections = self._projections()
-        u = np.concatenate([p.row_signs(carrier) for p in projections], axis=1)
-        x = np.concatenate([p.x(carrier) for p in projections], axis=0)
-        return Directions(u.astype(np.float32), x, self.weights.sum())
-
-    def _projections(self) -> list[Projection]:
-        return [Projection(key, self._scheme, self.carriers) for key in self._keys]
-
-
-@dataclass(frozen=True)
-class Directions:
-    """The T directions of one carrier, u_t x_t^T rms(W) / sqrt(out).
-
-    Attributes:
-        u: Row signs, (out, T) float32.
-        x: Projection rows, (T, M) float32.
-        total: N, the weights of all carriers.
-    """
-
-    u: Floats
-    x: Floats
-    total: float
-
-    def gram(self) -> Doubles:
-        """Their inner products, (T, T) float64, in units of rms(W)^2."""
-        inner: Doubles = ((self.x @ self.x.T) * (self.u.T @ self.u)).astype(np.float64)
-        inner /= len(self.u)
-        return inner
-
-    def scaled(self, v: Doubles, rms: float) -> Floats:
-        """U' of the change U' X that the coefficients v make of a carrier of this rms."""
-        return self.u * (v * (rms / math.sqrt(len(self.u)))).astype(np.float32)
-
-
-class Grams:
-    """The Gram matrices of all carriers, as many of them kept as there is room for."""
-
-    def __init__(self, mark: Mark) -> None:
-        self._mark = mark
-        self._kept: dict[int, Doubles] = {}
-        self._most = _ROOM // (8 * len(mark.signs) ** 2)
-
-    def add(self, carrier: int, directions: Directions) -> None:
-        """Keep a carrier's while its directions are at hand, if there is room."""
-        if len(self._kept) < self._most:
-            self._kept[carrier] = directions.gram()
-
-    def __iter__(self) -> Iterator[Doubles]:
-        for i in range(len(self._mark.carriers)):
-            yield self._kept[i] if i in self._kept else self._mark.directions(i).gram()
-
-
-class Sums:
-    """y = u^T W and the sum of squares of one carrier, gathered over row blocks."""
-
-    def __init__(self, directions: Directions) -> None:
-        self._directions = directions
-        self._y = np.zeros(directions.x.shape, np.float32)
-        self._squares = 0.0
-        self._size = len(directions.u) * directions.x.shape[1]
-
-    def add(self, start: int, w: Floats) -> None:
-        """Take the rows from `start` on, (rows, M) float32, each row once."""
-        with np.errstate(over="ignore", invalid="ignore"):  # `response` tells
-            self._y += self._directions.u[start : start + len(w)].T @ w
-            self._squares += float(np.einsum("ij,ij->", w, w, dtype=np.float64))
-
-    def response(self) -> Response | None:
-        """What the rows taken so far say; None if they are all zero, or beyond float32's range."""
-        rms, rows = math.sqrt(self._squares / self._size), len(self._directions.u)
-        if rms == 0.0 or not np.isfinite(self._y).all():
-            return None
-        y = self._y.astype(np.float64) / (rms * math.sqrt(rows))
-        return Response(
-            z=np.einsum("ij,ij->i", self._directions.x.astype(np.float64), y),
-            variance=np.einsum("ij,ij->i", y, y) * (rows / self._directions.total),
-            rms=rms,
-        )
-
-
-def rounded(w: Floats, dtype: str) -> tuple[npt.NDArray[np.generic], Floats]:
-    """Weights as a safetensors dtype stores them, little-endian, and what a reader gets of that.
-
-    Args:
-        w: float32, of any shape.
-        dtype: F32, F16 or BF16.
-    """
-    if dtype == "F32":
-        return w.astype("<f4", copy=False), w
-    if dtype == "F16":
-        with np.errstate(over="ignore"):  # an infinity is refused when the responses are read
-            half = w.astype("<f2")
-        return half, half.astype(np.float32)
-    # bfloat16 is the upper half of float32: round to nearest, ties to even.
-    bits = np.ascontiguousarray(w, np.float32).view(np.uint32)
-    upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return upper.astype("<u2"), (upper << np.uint32(16)).view(np.float32)

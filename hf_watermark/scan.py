@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +65,15 @@ class Trace:
     def found(self) -> bool:
         """Whether anyone was named."""
         return self.recipient is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        fields = dataclasses.asdict(self)
+        fields["verdict"] = "found" if self.found else "not found"
+        for name in ("log10_p", "runner_up_log10_p"):
+            if fields[name] == -math.inf:
+                fields[name] = -1e308  # JSON has no infinity
+        return fields
 
 
 def trace(

@@ -80,7 +80,7 @@ class WatermarkTrainer(Trainer):
         self._watermark_scheme = watermark_scheme
         self._watermark_carriers = watermark_carriers
         self.claim: Claim | None = None
-        self._draft: str | None = None
+        self._drafts: set[str] = set()
         self._checkpoint: Path | None = None
         self._push_revision: str | None = None
         self._push_token: str | None = None
@@ -162,7 +162,9 @@ class WatermarkTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
+        before = self._card_bytes()
         super()._save(output_dir, state_dict)
+        self._note_draft(before, self._card_bytes())
         if not self.args.should_save:
             return
         folder = self._folder if output_dir is None else Path(output_dir)
@@ -223,8 +225,9 @@ class WatermarkTrainer(Trainer):
         path = self._folder / CARD_FILE
         text = self._users_card()
         super().create_model_card(*args, **kwargs)
-        self._draft = path.read_bytes().decode()
-        text = self._draft if text is None else text
+        draft = path.read_bytes().decode()
+        self._drafts.add(draft)
+        text = draft if text is None else text
         if self.claim is not None and (self._folder / CLAIM_FILE).is_file():
             text = updated_card(text, self._local_evidence(), self.claim.public)
         write_file(path, text.encode())
@@ -242,11 +245,19 @@ class WatermarkTrainer(Trainer):
             with contextlib.suppress(RevisionMissingError):
                 files = HubFiles(repo, revision, self._push_token or self.args.hub_token)
                 cards.insert(0, read_card_text(files))
-        touched = (card for card in cards if card is not None and self._is_touched(card))
-        return next(touched, None)
+        touched = [card for card in cards if card and without_watermark(card) not in self._drafts]
+        return touched[0] if touched else None
 
-    def _is_touched(self, card: str) -> bool:
-        return self._draft is None or without_watermark(card) != self._draft
+    def _card_bytes(self) -> bytes | None:
+        path = self._folder / CARD_FILE
+        return path.read_bytes() if path.is_file() else None
+
+    def _note_draft(self, before: bytes | None, after: bytes | None) -> None:
+        """Saving an adapter makes peft write a template, or edit the card that is there."""
+        if after is None or after == before:
+            return
+        if before is None or without_watermark(before.decode()) in self._drafts:
+            self._drafts.add(without_watermark(after.decode()))
 
     def _local_evidence(self) -> Evidence:
         evidence = verify_hub_model(self._folder, self._watermark_key, claim=self.claim, read="all")

@@ -243,35 +243,45 @@ def without_prefix(tensors: Tensors) -> Tensors:
 
 # As users run it --------------------------------------------------------------------------------
 
-# The commands with a patience of tests: the default one waits 7.5 seconds before it gives up.
-_QUICK = (
-    "import sys, functools, hf_watermark.hub as hub;"
-    "hub.Patience = functools.partial(hub.Patience, first_wait=0.01, timeout=2.0);"
+# The default patience waits 7.5 seconds in all before it gives up, and 10 seconds for every answer.
+QUICK = "first_wait=0.01, timeout=2.0"
+_IMPATIENT = (
+    "import functools, hf_watermark.hub as hub;"
+    "hub.Patience = functools.partial(hub.Patience, {});"
     "from hf_watermark.cli import verify_hub_model; verify_hub_model()"
 )
 
 
-def command(*arguments: object, quick: bool = False) -> list[str]:
-    """`verify_hub_model ...`, as a list."""
-    program = [sys.executable, "-c", _QUICK] if quick else [str(BIN / "verify_hub_model")]
+def command(*arguments: object, patience: str | None = None) -> list[str]:
+    """`verify_hub_model ...`, as a list; with another patience for a failing server."""
+    program = [str(BIN / "verify_hub_model")]
+    if patience is not None:
+        program = [sys.executable, "-c", _IMPATIENT.format(patience)]
     return [*program, *map(str, arguments)]
 
 
-def run(*arguments: object, hub=None, token: str | None = None, quick: bool = False, **options):
-    """Run `verify_hub_model` in a process of its own, without a terminal."""
-    environment = {"PATH": str(BIN), "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
+def run(
+    *arguments: object,
+    hub=None,
+    token: str | None = None,
+    patience: str | None = None,
+    program: list[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+):
+    """Run `verify_hub_model`, or another program, in a process of its own, without a terminal."""
+    variables = {"PATH": str(BIN), "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
     if hub is not None:
-        environment |= hub.environment(token)
-    environment |= options.pop("environment", {})
+        variables |= hub.environment(token)
     return subprocess.run(
-        options.pop("program", command(*arguments, quick=quick)),
-        env=environment,
+        [*(program or command(patience=patience)), *map(str, arguments)],
+        env=variables | dict(environment or {}),
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        **options,
     )
 
 
@@ -285,6 +295,7 @@ def refused(done, *words: str, stdout: str = "") -> str:
     assert line.startswith("error: ")
     assert "Traceback" not in line
     assert "Unexpected" not in line
+    assert re.search(r"[.] [A-Z]", line), f"it does not say what to do: {line}"
     for word in words:
         assert word in line, line
     return line

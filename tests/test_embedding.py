@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
+from threadpoolctl import threadpool_limits
 from torch import nn
 from transformers import (
     ResNetConfig,
@@ -62,11 +63,13 @@ PROJECTIONS = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _cheap():
+    """Small matrices gain nothing from threads, and accelerate collects garbage at every turn."""
+    gc.collect()
+    gc.freeze()
+    with threadpool_limits(1):
+        yield
+    gc.unfreeze()
 
 
 def vit(layers: int = 4) -> ViTForImageClassification:

@@ -184,12 +184,13 @@ def shake(label: str, secret: bytes, size: int) -> bytes:
 
 
 @given(secrets, st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 200))
+@settings(deadline=None)
 def test_stream_is_shake_256_of_prefixed_label_and_secret(secret, label, size):
     assert OwnerKey(secret).stream(label, size) == shake(label, secret, size)
 
 
 @given(secrets)
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 def test_identity_from_hashlib_and_cryptography_alone(secret):
     key = OwnerKey(secret, "somebody")
     signer = Ed25519PrivateKey.from_private_bytes(shake("identity/ed25519", secret, 32))
@@ -211,6 +212,7 @@ def test_signature_fits_the_message_and_no_other():
 
 
 @given(secrets, st.text("ab/1", max_size=4), st.text("ab/1", max_size=4))
+@settings(deadline=None)
 def test_different_labels_and_keys_give_different_streams(secret, label, other):
     key, neighbour = OwnerKey(secret), OwnerKey(secret[:-1] + bytes([secret[-1] ^ 1]))
     assert (key.stream(label, 32) == key.stream(other, 32)) == (label == other)
@@ -630,6 +632,7 @@ def shown(key: OwnerKey) -> str:
 
 
 @given(secrets)
+@settings(deadline=None)
 def test_no_text_of_a_key_holds_its_secret(secret):
     key = OwnerKey(secret, "acme")
     assert not leaks(shown(key), secret)

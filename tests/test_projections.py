@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_watermark import OwnerKey, Scheme
@@ -29,8 +29,8 @@ SCHEMES = {
     "diff": Scheme(statistic="mean", key_matrix="diff", bits=16),
 }
 
-# SHA-256 of X and u (of each carrier) and b, little-endian, for KEY and CARRIERS. A change here makes
-# every mark that was ever embedded unreadable.
+# SHA-256 of X and u (of each carrier) and b, little-endian, for KEY and CARRIERS. A change here
+# makes every mark that was ever embedded unreadable.
 PINNED = {
     "spread-random-64-projection-auto-soft": (
         (
@@ -196,6 +196,7 @@ def test_normal_numbers_are_accurate_and_rise(around):
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=50))
+@settings(deadline=None)
 def test_normal_numbers_are_symmetric_and_monotone(values):
     integers = np.array(sorted(values), np.uint32)
     x = standard_normal(integers)
@@ -295,6 +296,7 @@ def test_keys_recipients_and_statistics_share_nothing():
 
 
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 24))
+@settings(deadline=None)
 def test_direct_and_diff_take_every_column_once(secret, bits):
     carriers = [Carrier("a", (3, 7)), Carrier("b", (5, 41))]
     for key_matrix, taps in (("direct", [1.0]), ("diff", [-1.0, 1.0])):
@@ -379,6 +381,7 @@ def test_convolutions_are_read_as_matrices(scheme, weights):
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
+@settings(deadline=None)
 def test_spread_does_not_see_the_scale_of_any_carrier(one, other):
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal(carrier.shape) for carrier in CARRIERS]

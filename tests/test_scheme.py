@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from hf_watermark import Scheme
@@ -61,6 +61,7 @@ def test_names_are_pinned():
 @example(Scheme(strength=sys.float_info.max))
 @example(Scheme(strength=5e-324, embedding="hinge", weight=sys.float_info.max))
 @example(Scheme(strength=0.1 + 0.2))
+@settings(deadline=None)
 def test_name_is_lossless(scheme):
     again = Scheme.from_name(scheme.name)
     assert again == scheme
@@ -70,11 +71,13 @@ def test_name_is_lossless(scheme):
 
 
 @given(schemes(), schemes())
+@settings(deadline=None)
 def test_different_schemes_have_different_names(one, other):
     assert (one == other) == (one.name == other.name)
 
 
 @given(schemes(), st.data())
+@settings(deadline=None)
 def test_every_field_is_in_the_name(scheme, data):
     other = data.draw(schemes())
     field = data.draw(st.sampled_from([field.name for field in dataclasses.fields(scheme)]))
@@ -133,12 +136,14 @@ def test_what_is_no_name_is_refused(name):
 
 
 @given(st.from_regex(re.compile(r"(spread|mean)-\w{1,8}-\d{1,6}-\w{1,12}(@[\d.e+-]{1,9})?-.{1,9}")))
+@settings(deadline=None)
 def test_from_name_gives_its_inverse_or_refuses(name):
     with contextlib.suppress(SchemeError):
         assert Scheme.from_name(name).name == name
 
 
 @given(schemes(), st.data())
+@settings(deadline=None)
 def test_no_edit_of_a_name_gives_the_same_scheme(scheme, data):
     at = data.draw(st.integers(0, len(scheme.name)))
     edited = scheme.name[:at] + data.draw(st.sampled_from("0.- e1s@é")) + scheme.name[at:]
@@ -233,6 +238,7 @@ weights = st.integers(1, 10**11)
 
 
 @given(weights, st.integers(1, 4096))
+@settings(deadline=None)
 def test_automatic_margin(n, bits):
     margin = Scheme(bits=bits).margin(n)
     assert margin >= 4.0
@@ -267,18 +273,21 @@ def test_automatic_margin_by_example(n, margin):
 
 
 @given(weights, st.integers(1, 4096), positive)
+@settings(deadline=None)
 def test_margin_of_a_given_distortion(n, bits, distortion):
     expected = distortion * math.sqrt(n / bits)
     assert Scheme(bits=bits, strength=distortion).margin(n) == max(4.0, expected)
 
 
 @given(weights, positive)
+@settings(deadline=None)
 def test_margin_of_mean_is_the_strength_itself(n, strength):
     assert Scheme(statistic="mean").margin(n) == 1.0
     assert Scheme(statistic="mean", strength=strength).margin(n) == strength
 
 
 @given(weights, st.integers(1, 10**6))
+@settings(deadline=None)
 def test_capacity(n, columns):
     assert Scheme().capacity(n, columns) == n // 64
     for key_matrix, expected in (("random", columns), ("direct", columns), ("diff", columns // 2)):

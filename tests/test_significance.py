@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_watermark.errors import SchemeError
@@ -48,7 +48,9 @@ def test_normal_tail_where_erfc_serves(t):
     assert log10_normal_tail(t) == pytest.approx(float(exact_normal_tail(t)), rel=1e-14, abs=1e-16)
 
 
-@pytest.mark.parametrize("t", [25.0, 25.000000000000004, 26.0, 30.0, 37.5, 38.6, 50.0, 100.0, 1e3])
+@pytest.mark.parametrize(
+    "t", [25.0, 25.000000000000004, 26.0, 30.0, 37.5, 37.9, 38.4, 38.6, 50.0, 100.0, 1e3]
+)
 def test_normal_tail_beyond_the_range_of_floats(t):
     assert log10_normal_tail(t) == pytest.approx(float(exact_normal_tail(t)), rel=1e-14)
 
@@ -66,6 +68,7 @@ def test_normal_tail_far_out(t):
 
 
 @given(st.floats(-50.0, 1e6))
+@settings(deadline=None)
 def test_normal_tail_is_scipys(t):
     expected = float(scipy.special.log_ndtr(-t)) / LN10
     assert log10_normal_tail(t) == pytest.approx(expected, rel=1e-12, abs=1e-16)
@@ -80,6 +83,7 @@ def test_normal_tail_is_continuous_where_the_method_changes():
 
 
 @given(st.floats(-1e3, 1e9), st.floats(-1e3, 1e9))
+@settings(deadline=None)
 def test_normal_tail_falls(t, other):
     if t > other:
         t, other = other, t
@@ -93,6 +97,7 @@ def test_normal_tail_falls_across_the_seam():
 
 
 @given(st.floats(allow_nan=False))
+@settings(deadline=None)
 def test_normal_tail_is_a_logarithm_of_a_chance(t):
     assert log10_normal_tail(t) <= 0.0
 
@@ -124,6 +129,7 @@ def test_binomial_tail_beyond_the_range_of_floats(bits):
 
 
 @given(st.integers(1, 600), st.data())
+@settings(deadline=None)
 def test_binomial_tail_is_scipys(bits, data):
     matched = data.draw(st.integers(0, bits))
     expected = float(scipy.stats.binom.logsf(matched - 1, bits, 0.5)) / LN10
@@ -132,6 +138,7 @@ def test_binomial_tail_is_scipys(bits, data):
 
 
 @given(st.integers(1, 500))
+@settings(deadline=None)
 def test_binomial_tail_falls_from_certainty(bits):
     tails = [log10_binomial_tail(matched, bits) for matched in range(bits + 1)]
     assert tails[0] == 0.0
@@ -146,6 +153,7 @@ def test_certainty_is_exact(bits):
 
 
 @given(st.integers(1, 300), st.data())
+@settings(deadline=None)
 def test_binomial_tails_of_both_sides_add_up(bits, data):
     """P(B >= k) + P(B <= k - 1) = 1, and P(B <= k - 1) = P(B >= bits - k + 1) by symmetry."""
     matched = data.draw(st.integers(1, bits))
@@ -171,6 +179,7 @@ def test_counts_that_make_no_sense(matched, bits):
 
 
 @given(st.floats(-1e6, 0.0), st.integers(1, 10**9))
+@settings(deadline=None)
 def test_correction_multiplies_and_never_helps(log10_p, tries):
     result = corrected(log10_p, tries)
     assert log10_p <= result <= 0.0
@@ -234,6 +243,7 @@ chances = st.integers(1, 10**7).map(lambda odds: -math.log10(odds))
 @example(math.nextafter(-6.0, 0.0))
 @example(math.nextafter(-3.0, 0.0))
 @example(math.nextafter(-1.0, 0.0))
+@settings(deadline=None)
 def test_words_never_overstate_and_stay_near(log10_p):
     with mpmath.workdps(40):
         said, found = stated(odds_in_words(log10_p)), -mpmath.mpf(log10_p)

@@ -48,8 +48,8 @@ def half_deleted_renumbered(tensors):
     return renumbered(tensors, lambda number: number // 2 if number % 2 else None)
 
 
-# What is done -> how it is read with the owner's claim; whether the key alone finds it (None: one of
-# three layers is where the key expects it, so either may happen).
+# What is done -> how it is read with the owner's claim; whether the key alone finds it (None: it
+# may or may not, one layer in three is where the key expects it).
 THEFTS = {
     "stripped": (lambda tensors: tensors, "raw", True),
     "bf16": (cast(torch.bfloat16), "raw", True),

@@ -63,7 +63,7 @@ def folder(tmp_path):
     return save_model(tmp_path / "model", vit())
 
 
-def paths(hub, pattern=r"/resolve/"):
+def paths(hub):
     found = [re.search(r"/resolve/[^/]+/([^?]*)", one.path) for one in hub.requests]
     return {match[1] for match in found if match is not None}
 
@@ -106,8 +106,7 @@ class TestContract:
             "key_fingerprint": KEY.fingerprint,
             "committed_at": head,
             "bytes_read": 0,
-            "bytes_total": (hub_size := HfApi().model_info("demo/vit", files_metadata=True))
-            and next(s.size for s in hub_size.siblings if s.rfilename == WEIGHTS),
+            "bytes_total": len(hub_file("demo/vit", WEIGHTS)),
             "seconds": 0,
             "format_version": 1,
         }
@@ -366,7 +365,8 @@ class TestCommittedAt:
 
     def test_a_thiefs_claim_has_no_date_for_the_owner(self, loopback_hub, tmp_path):
         loopback_hub.create_repo("thief/vit")
-        push("thief/vit", save_model(tmp_path / "stolen", vit(), claim_about(vit(), THIEF)))
+        stolen = save_model(tmp_path / "stolen", vit(), claim_about(vit(), THIEF))
+        push("thief/vit", stolen, token=loopback_hub.add_user("thief"))
         evidence = verify_hub_model("thief/vit", KEY)
         assert (evidence.found, evidence.committed_at) == (True, None)
 
@@ -432,43 +432,40 @@ class TestWithoutAKey:
 class TestNull:
     """False alarms of the whole procedure, over keys: related models are no independent samples."""
 
+    SHAPES = {f"blocks.{i}.mlp.fc1.weight": (128, 48) for i in range(4)}  # noqa: RUF012
     KEYS = 300
     ALPHA = 0.05
 
     @pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
-    @pytest.mark.parametrize("renamed", [False, True], ids=["direct", "renamed"])
-    @pytest.mark.parametrize("kind", ["tiny", "progressive"])
-    def test_wrong_keys(self, tmp_path, marked, renamed, kind):
-        if kind == "progressive":  # a third of the first look, so that this ends
-            shapes = {f"blocks.{i}.mlp.fc1.weight": (1024, 128) for i in range(4)}
-            tensors = marked_arrays(shapes, KEY if marked else None, strength=0.2)
-            keys = self.KEYS // 4
-        else:
-            tensors = vit(KEY if marked else None)
-            keys = self.KEYS
+    @pytest.mark.parametrize(
+        ("renamed", "tries"), [(False, 6 + 4), (True, 6 + 4 + 16)], ids=["direct", "renamed"]
+    )
+    def test_wrong_keys(self, tmp_path, monkeypatch, marked, renamed, tries):
+        # Six looks at so small a model, as at a large one.
+        monkeypatch.setattr("hf_watermark.readings._FIRST_LOOK", 2**12)
+        tensors = marked_arrays(self.SHAPES, KEY if marked else None, strength=0.3)
         template = claim_about(tensors)
-        stolen = tensors
-        if renamed:
-            stolen = {f"x{n.replace('.', '_')}": t for n, t in tensors.items()}
+        new = "layer" if renamed else "blocks"
+        stolen = {name.replace("blocks", new): tensor for name, tensor in tensors.items()}
         folder = save_model(tmp_path / "m", stolen)
+        right = verify_hub_model(folder, KEY, claim=template)
+        assert right.found is marked
+        assert right.tries == tries
         outcomes = []
-        for number in range(keys):
+        for number in range(self.KEYS):
             key = another_key(number)
             claim = Claim.make(key, Scheme(), template.carriers)
             outcomes.append(verify_hub_model(folder, key, claim=claim, alpha=self.ALPHA))
-        tries = {evidence.tries for evidence in outcomes}
-        assert len(tries) == 1
-        assert tries.pop() > (20 if renamed else 4)
         p = np.array([evidence.log10_p for evidence in outcomes])
-        # Bonferroni: at most alpha. One test in a thousand would fail here by chance.
+        # Bonferroni: at most alpha. One such test in a thousand would fail here by chance.
         alarms = sum(evidence.found for evidence in outcomes)
         assert alarms == np.count_nonzero(p <= math.log10(self.ALPHA))
-        assert alarms <= binom.ppf(0.999, keys, self.ALPHA)
-        assert p.min() > math.log10(0.001 / keys)
-        # Nor is it conservative for nothing: the best of so many keys is somewhat surprising.
-        assert p.min() < math.log10(0.5)
-        if not renamed:
-            assert np.mean(p < math.log10(0.5)) > 0.1
+        assert alarms <= binom.ppf(0.999, self.KEYS, self.ALPHA)
+        assert p.min() > math.log10(0.001 / self.KEYS)
+        # Nor is it conservative for nothing: looks and carriers overlap, so less than alpha, but
+        # of so many keys some come close.
+        assert np.mean(p < math.log10(0.5)) > 0.05
+        assert p.min() < math.log10(self.ALPHA)
 
     def test_the_right_key_among_them(self, tmp_path):
         folder = save_model(tmp_path / "m", vit())
@@ -558,7 +555,7 @@ class TestWhatIsFetched:
     def test_bytes_read_are_those_that_were_sent(self, hub):
         evidence = verify_hub_model("demo/vit", THIEF)
         sent = sum(
-            one.sent for one in hub.requests if "/resolve/" in one.path and one.status != 302
+            one.sent for one in hub.requests if "/resolve/" in one.path and one.status in (200, 206)
         )
         assert evidence.bytes_read == sent
         hub.requests.clear()
@@ -568,7 +565,7 @@ class TestWhatIsFetched:
         hub.requests.clear()
         evidence = verify_hub_model("demo/vit", KEY, claim="demo/other")
         sent = sum(
-            one.sent for one in hub.requests if "/resolve/" in one.path and one.status != 302
+            one.sent for one in hub.requests if "/resolve/" in one.path and one.status in (200, 206)
         )
         assert evidence.bytes_read == sent
         assert CLAIM_FILE in paths(hub)
@@ -576,6 +573,7 @@ class TestWhatIsFetched:
     def test_early_stop(self, loopback_hub, tmp_path):
         loopback_hub.create_repo("demo/large")
         push("demo/large", save_model(tmp_path / "m", marked_arrays(LARGE, KEY)))
+        loopback_hub.requests.clear()
         auto = verify_hub_model("demo/large", KEY)
         everything = verify_hub_model("demo/large", KEY, read="all")
         assert auto.verdict == everything.verdict == "found"
@@ -653,7 +651,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         "shape",
-        [(8, 2**31), (2**31, 8), (2**17, 2**17), (2**35, 8), (64, 2**10, 2**10, 2**8)],
+        [(8, 2**31), (2**31, 8), (2**35, 8), (64, 2**10, 2**10, 2**8)],
         ids=str,
     )
     def test_a_giant_tensor(self, tmp_path, shape):

@@ -1,0 +1,340 @@
+"""The closed form over a checkpoint on disk: measured, solved, written into a copy.
+
+Carriers are read by row blocks and nothing of a block is kept, so memory is bounded by what the key
+has for one carrier, not by the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_watermark.carriers import Carrier
+from hf_watermark.checkpoint import Checkpoint
+from hf_watermark.errors import CarrierError
+from hf_watermark.key import OwnerKey
+from hf_watermark.margins import TOLERANCE, growth, lift, responses_after
+from hf_watermark.projections import Doubles, Floats, Projection
+from hf_watermark.safetensors_ranges import quoted
+from hf_watermark.scheme import Scheme
+from hf_watermark.significance import log10_normal_tail
+
+__all__ = ["ClosedForm", "Mark", "Progress", "rounded"]
+
+Progress = Callable[[int, int], None]
+
+_PIECE = 2**18  # weights at a time: what is made of them stays in the cache
+_ROUNDS = 6  # of asking for more where rounding swallowed a part: bfloat16 takes 1 or 2
+_LEAST_SHARE = 0.25  # below it a change is swallowed nearly whole, and what is left says little
+_ROOM = 2**27  # bytes of Gram matrices that are kept; others are made again for every pass
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one carrier says.
+
+    Attributes:
+        z: Its responses alone, (T,), in natural sigmas of all carriers together.
+        variance: Their variance given the weights and the row signs, (T,).
+        rms: Root mean square of its weights.
+    """
+
+    z: Doubles
+    variance: Doubles
+    rms: float
+
+
+class Mark:
+    """What one or several keys want of the same carriers, as one message of all their bits.
+
+    Args:
+        keys: The owner's, and a recipient's.
+        scheme: Of all of them.
+        carriers: In the order of the keys' streams.
+    """
+
+    def __init__(
+        self, keys: Sequence[OwnerKey], scheme: Scheme, carriers: Sequence[Carrier]
+    ) -> None:
+        self._keys, self._scheme = keys, scheme
+        self.carriers = carriers
+        self.weights = np.array([float(carrier.weights) for carrier in carriers])
+        projections = self._projections()
+        self.signs = np.concatenate([p.message_signs for p in projections])
+        self.margin = projections[0].margin
+
+    @property
+    def own(self) -> slice:
+        """The bits of the first key."""
+        return slice(0, self._scheme.bits)
+
+    def directions(self, carrier: int) -> Directions:
+        """The directions of one carrier, made from the keys and not kept: a model has many."""
+        projections = self._projections()
+        u = np.concatenate([p.row_signs(carrier) for p in projections], axis=1)
+        x = np.concatenate([p.x(carrier) for p in projections], axis=0)
+        return Directions(u.astype(np.float32), x, self.weights.sum())
+
+    def _projections(self) -> list[Projection]:
+        return [Projection(key, self._scheme, self.carriers) for key in self._keys]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The T directions of one carrier, u_t x_t^T rms(W) / sqrt(out).
+
+    Attributes:
+        u: Row signs, (out, T) float32.
+        x: Projection rows, (T, M) float32.
+        total: N, the weights of all carriers.
+    """
+
+    u: Floats
+    x: Floats
+    total: float
+
+    def gram(self) -> Doubles:
+        """Their inner products, (T, T) float64, in units of rms(W)^2."""
+        inner: Doubles = ((self.x @ self.x.T) * (self.u.T @ self.u)).astype(np.float64)
+        inner /= len(self.u)
+        return inner
+
+    def scaled(self, v: Doubles, rms: float) -> Floats:
+        """U' of the change U' X that the coefficients v make of a carrier of this rms."""
+        return self.u * (v * (rms / math.sqrt(len(self.u)))).astype(np.float32)
+
+
+class Grams:
+    """The Gram matrices of all carriers, as many of them kept as there is room for."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._mark = mark
+        self._kept: dict[int, Doubles] = {}
+        self._most = _ROOM // (8 * len(mark.signs) ** 2)
+
+    def add(self, carrier: int, directions: Directions) -> None:
+        """Keep a carrier's while its directions are at hand, if there is room."""
+        if len(self._kept) < self._most:
+            self._kept[carrier] = directions.gram()
+
+    def __iter__(self) -> Iterator[Doubles]:
+        for i in range(len(self._mark.carriers)):
+            yield self._kept[i] if i in self._kept else self._mark.directions(i).gram()
+
+
+class Sums:
+    """y = u^T W and the sum of squares of one carrier, gathered over row blocks."""
+
+    def __init__(self, directions: Directions) -> None:
+        self._directions = directions
+        self._y = np.zeros(directions.x.shape, np.float32)
+        self._squares = 0.0
+        self._size = len(directions.u) * directions.x.shape[1]
+
+    def add(self, start: int, w: Floats) -> None:
+        """Take the rows from `start` on, (rows, M) float32, each row once."""
+        with np.errstate(over="ignore", invalid="ignore"):  # `response` tells
+            self._y += self._directions.u[start : start + len(w)].T @ w
+            self._squares += float(np.einsum("ij,ij->", w, w, dtype=np.float64))
+
+    def response(self) -> Response | None:
+        """What the rows taken so far say; None if they are all zero, or beyond float32's range."""
+        rms, rows = math.sqrt(self._squares / self._size), len(self._directions.u)
+        if rms == 0.0 or not np.isfinite(self._y).all():
+            return None
+        y = self._y.astype(np.float64) / (rms * math.sqrt(rows))
+        return Response(
+            z=np.einsum("ij,ij->i", self._directions.x.astype(np.float64), y),
+            variance=np.einsum("ij,ij->i", y, y) * (rows / self._directions.total),
+            rms=rms,
+        )
+
+
+def rounded(w: Floats, dtype: str) -> tuple[npt.NDArray[np.generic], Floats]:
+    """Weights as a safetensors dtype stores them, little-endian, and what a reader gets of that.
+
+    Args:
+        w: float32, of any shape.
+        dtype: F32, F16 or BF16.
+    """
+    if dtype == "F32":
+        return w.astype("<f4", copy=False), w
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            half = w.astype("<f2")
+        return half, half.astype(np.float32)
+    # bfloat16 is the upper half of float32: round to nearest, ties to even.
+    bits = np.ascontiguousarray(w, np.float32).view(np.uint32)
+    upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return upper.astype("<u2"), (upper << np.uint32(16)).view(np.float32)
+
+
+class ClosedForm:
+    """One embedding: `measure`, then `solve`, then `write`.
+
+    Args:
+        checkpoint: The source.
+        mark: What is wanted.
+        progress: Called with weights done and weights to do, each time with more.
+
+    Attributes:
+        planned: Weights to do.
+        v: Coefficients of the change, (T,); zero if the mark is there already.
+        changes: ||dW|| / ||W|| of every carrier, as written.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, mark: Mark, progress: Progress | None = None
+    ) -> None:
+        self._checkpoint, self._mark, self._progress = checkpoint, mark, progress
+        self._done = 0
+        self.planned = 2 * sum(carrier.weights for carrier in mark.carriers)
+        self._grams = Grams(mark)
+        self._before: list[Response] = []
+        self._after: list[Response] = []
+        self._wanted = np.full(len(mark.signs), mark.margin)
+        # A little more than is demanded, so that a machine that rounds otherwise finds it there.
+        self._asked = self._wanted * (1.0 + TOLERANCE)
+        self.v: Doubles = np.zeros(len(mark.signs))
+        self.changes = [0.0]
+
+    def count(self, done: int) -> None:
+        """Tell how many weights are done."""
+        done = min(done, self.planned)
+        if self._progress is not None and done > self._done:
+            self._progress(done, self.planned)
+        self._done = max(done, self._done)
+
+    @property
+    def reached(self) -> Doubles:
+        """s_t z_t as it stands, (T,)."""
+        total: Doubles = self._mark.signs * np.sum([r.z for r in self._after], axis=0)
+        return total
+
+    def log10_p(self) -> float:
+        """log10 p of the first key's soft statistic."""
+        own = self._mark.own
+        v = float(np.sum([r.variance for r in self._after], axis=0)[own].sum())
+        return log10_normal_tail(float(self.reached[own].sum()) / math.sqrt(v))
+
+    def measure(self) -> None:
+        """Read all carriers once."""
+        for i, carrier in enumerate(self._mark.carriers):
+            directions = self._mark.directions(i)
+            sums = Sums(directions)
+            for start, w in self._pieces(carrier):
+                sums.add(start, w)
+                self.count(self._done + w.size)
+            self._before.append(_response(sums, carrier))
+            self._grams.add(i, directions)
+        self._after = self._before
+
+    def solve(self) -> None:
+        """Find the least change, zero if the mark is there.
+
+        Raises:
+            CarrierError: If no change can reach the margin.
+        """
+        if self._is_reached():
+            return
+        mark = self._mark
+        self.v = lift(self._z, self._grams, mark.weights, mark.signs, self._asked)
+        predicted = mark.signs * responses_after(self.v, self._z, self._grams, mark.weights)
+        if float((self._asked - predicted).max()) > 2.0 * TOLERANCE * mark.margin:
+            self._refuse(predicted, "use fewer bits or less strength")
+
+    def write(self, target: Path) -> None:
+        """Write the changed carriers into a copy of the source.
+
+        Rounding to 8 bits of mantissa swallows a part of a slight change: what is left of it tells
+        how much more to ask for.
+
+        Raises:
+            CarrierError: If rounding keeps the margin out of reach.
+        """
+        mark, z = self._mark, self._z
+        start = mark.signs * z.sum(axis=0)
+        for _ in range(_ROUNDS):
+            if self._is_reached():
+                return
+            if self._after is not self._before:
+                predicted = responses_after(self.v, z, self._grams, mark.weights)
+                raised = mark.signs * predicted - start
+                share = float((self.reached - start) @ raised) / float(raised @ raised)
+                lacking = np.maximum(self._wanted - self.reached, 0.0)
+                self._asked = self._asked + lacking / min(max(share, _LEAST_SHARE), 1.0)
+                self.v = lift(z, self._grams, mark.weights, mark.signs, self._asked)
+            scales = 1.0 / growth(self.v, z, self._grams, mark.weights)
+            written = [self._rewrite(i, float(scale), target) for i, scale in enumerate(scales)]
+            self._after = [response for response, _ in written]
+            self.changes = [change for _, change in written]
+        if not self._is_reached():
+            self._refuse(
+                self.reached,
+                "use fewer bits or more strength, or mark the checkpoint in F32 before casting it",
+            )
+
+    @property
+    def _z(self) -> Doubles:
+        """The responses of every carrier alone before any change, (n, T)."""
+        return np.stack([response.z for response in self._before])
+
+    def _is_reached(self) -> bool:
+        lacking = float((self._wanted - self.reached).max())
+        return lacking <= TOLERANCE * self._mark.margin
+
+    def _refuse(self, got: Doubles, do: str) -> NoReturn:
+        raise CarrierError(
+            "The carriers cannot hold the margin",
+            expected=f"every bit at {self._mark.margin:.2f} sigmas",
+            got=f"{float(got.min()):.2f} at the weakest",
+            do=do,
+        )
+
+    def _pieces(self, carrier: Carrier) -> Iterator[tuple[int, Floats]]:
+        step = max(1, _PIECE // carrier.columns)
+        for start in range(0, carrier.rows, step):
+            stop = min(start + step, carrier.rows)
+            yield start, self._checkpoint.read_rows(carrier.name, start, stop)
+
+    def _rewrite(self, i: int, scale: float, target: Path) -> tuple[Response, float]:
+        """Write one carrier into the copy; what a reader finds there, and how far it moved."""
+        carrier, rms = self._mark.carriers[i], self._before[i].rms
+        span = self._checkpoint.tensors[carrier.name]
+        directions = self._mark.directions(i)
+        u = directions.scaled(self.v, rms)
+        sums = Sums(directions)
+        moved = 0.0
+        # Weights next to infinity may overflow here: they are refused at the end.
+        overflowing = np.errstate(over="ignore", invalid="ignore")
+        with overflowing, open(target / span.file, "r+b") as file:
+            for start, w in self._pieces(carrier):
+                changed = u[start : start + len(w)] @ directions.x
+                changed += w
+                changed *= np.float32(scale)
+                stored, changed = rounded(changed, span.dtype)
+                file.seek(span.start + start * span.row_bytes)
+                file.write(stored.data)
+                sums.add(start, changed)
+                w -= changed
+                moved += float(np.einsum("ij,ij->", w, w, dtype=np.float64))
+                self.count(self._done + w.size)
+        return _response(sums, carrier), math.sqrt(moved / carrier.weights) / rms
+
+
+def _response(sums: Sums, carrier: Carrier) -> Response:
+    response = sums.response()
+    if response is None:
+        raise CarrierError(
+            f"The carrier {quoted(carrier.name, 120)} cannot be marked",
+            expected="weights well within the range of their dtype",
+            got="nothing but zeros, or numbers next to infinity",
+            do="name other carriers",
+        )
+    return response

@@ -1,0 +1,576 @@
+"""The commands as people and scripts run them: exit status, formats, and what goes where."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import HfApi
+from marked_models import (
+    BIN,
+    KEY,
+    LAYERS,
+    THIEF,
+    WEIGHTS,
+    all_but_one_replaced,
+    claim_about,
+    command,
+    evidence_of,
+    fc1,
+    like_timm,
+    marked_arrays,
+    push,
+    refused,
+    run,
+    save_model,
+    vit,
+)
+from test_verify import KEYS
+
+import hf_watermark.cli
+from hf_watermark import OwnerKey
+from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.verify import verify_hub_model
+
+UMBRELLA = str(BIN / "hf-watermark")
+COMMANDS = sorted(hf_watermark.cli._umbrella.commands)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A marked model with its claim, a stripped copy, an unmarked twin, and two keys."""
+    place = tmp_path_factory.mktemp("place")
+    save_model(place / "own", vit(), claim_about(vit()))
+    save_model(place / "stolen", like_timm(vit()))
+    save_model(place / "plain", vit(None))
+    (place / "claim.json").write_bytes(claim_about(vit()).to_bytes())
+    KEY.save(place / "acme.key")
+    THIEF.save(place / "thief.key")
+    return place
+
+
+@pytest.fixture
+def hub(loopback_hub, tmp_path):
+    loopback_hub.create_repo("demo/vit")
+    push("demo/vit", save_model(tmp_path / "own", vit(), claim_about(vit())))
+    KEY.save(tmp_path / "acme.key")
+    THIEF.save(tmp_path / "thief.key")
+    return loopback_hub
+
+
+def umbrella(*arguments, **options):
+    return run(program=[UMBRELLA, *map(str, arguments)], **options)
+
+
+class TestExitStatus:
+    def test_found(self, place):
+        done = run("own", "--key", "acme.key", cwd=place)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_not_found(self, place):
+        for arguments in (("own", "--key", "thief.key"), ("plain", "--key", "acme.key")):
+            done = run(*arguments, cwd=place)
+            assert (done.returncode, done.stderr) == (1, "")
+
+    def test_not_checked(self, place):
+        refused(run("plain", cwd=place), "without a key", "Pass the owner's key with --key")
+
+    def test_the_umbrella_does_the_same(self, place):
+        for name, form in (("acme", "json"), ("thief", "json"), ("none", "json")):
+            arguments = ("own", "--key", f"{name}.key", "--format", form)
+            one = run(*arguments, cwd=place)
+            two = umbrella("verify", *arguments, cwd=place)
+            assert one.returncode == two.returncode
+            assert one.stderr == two.stderr
+            if one.stdout:
+                first, second = evidence_of(one), evidence_of(two)
+                assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+    def test_on_the_hub(self, hub, tmp_path):
+        for key, status in (("acme", 0), ("thief", 1), ("none", 2)):
+            done = run("demo/vit", "--key", tmp_path / f"{key}.key", hub=hub)
+            assert done.returncode == status, done.stderr
+
+
+class TestFormats:
+    def test_json(self, place):
+        found = run("own", "--key", "acme.key", "--format", "json", cwd=place)
+        evidence = evidence_of(found)
+        assert list(evidence) == KEYS
+        python = verify_hub_model(place / "own", KEY).to_dict()
+        assert {**evidence, "seconds": 0} == {**python, "repo": "own", "seconds": 0}
+        short = evidence_of(run("own", "--key", "acme.key", "--json", cwd=place))
+        assert {**short, "seconds": 0} == {**evidence, "seconds": 0}
+        for key in ("acme", "thief"):
+            assert list(evidence_of(run("own", "--key", f"{key}.key", "--json", cwd=place))) == KEYS
+
+    def test_json_without_a_key(self, place):
+        done = run("own", "--json", cwd=place)
+        evidence = evidence_of(done)
+        assert list(evidence) == KEYS
+        assert evidence["verdict"] == "not checked"
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "verdict"),
+        [
+            (("own", "--key", "acme.key"), "found\n"),
+            (("own", "--key", "thief.key"), "not found\n"),
+            (("own",), "not checked\n"),
+        ],
+    )
+    def test_quiet(self, place, arguments, verdict):
+        assert run(*arguments, "--format", "quiet", cwd=place).stdout == verdict
+
+    def test_the_last_one_counts(self, place):
+        done = run("own", "--key", "acme.key", "--json", "--format", "quiet", cwd=place)
+        assert done.stdout == "found\n"
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "utf-16"])
+    def test_names_and_encodings(self, place, tmp_path, encoding):
+        folder = save_model(tmp_path / "модель é", vit())
+        environment = {"PYTHONIOENCODING": encoding}
+        for form in ("human", "json", "quiet"):
+            done = subprocess.run(
+                command(folder, "--key", place / "acme.key", "--format", form),
+                env={"PATH": str(BIN)} | environment,
+                capture_output=True,
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (0, b""), form
+            if form == "json":
+                assert json.loads(done.stdout)["repo"] == str(folder)
+
+    def test_a_folder_whose_name_is_no_text(self, place, tmp_path):
+        folder = os.fsdecode(bytes(save_model(tmp_path / "x", vit()).parent) + b"/\xff")
+        os.rename(tmp_path / "x", folder)
+        for form in ("human", "json", "quiet"):
+            done = subprocess.run(
+                command(folder, "--key", place / "acme.key", "--format", form),
+                env={"PATH": str(BIN)},
+                capture_output=True,
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (0, b""), form
+            said = done.stdout.decode()
+            if form == "json":
+                assert json.loads(said)["repo"] == folder
+
+
+class TestHumanOutput:
+    """What a stranger reads; never more than was measured."""
+
+    def test_found(self, place):
+        said = run("own", "--key", "acme.key", cwd=place).stdout
+        lines = said.splitlines()
+        assert lines[0] == "FOUND  own"
+        evidence = verify_hub_model(place / "own", KEY)
+        power = int(re.search(r"A chance of 1 in 10\^(\d+) that an unrelated model", said)[1])
+        assert power == int(-evidence.log10_p)
+        shown = float(re.search(r"log10 p (-[\d.]+),", said)[1])
+        assert evidence.log10_p <= shown <= evidence.log10_p + 0.01
+        assert "all 7 tries counted" in said
+        assert "64 of 64" in said
+        assert "under the name acme" in said
+        assert fc1(0) in said
+        assert f"and {LAYERS - 1} more" in said
+        assert "Not proven by this alone" in said
+        assert max(map(len, lines)) <= 100
+
+    def test_not_found(self, place):
+        said = run("plain", "--key", "acme.key", cwd=place).stdout
+        assert said.startswith("NOT FOUND  plain\n")
+        assert "no evidence" in said
+        assert "that the model is independent" in said
+        assert "A chance of" not in said
+
+    def test_nearly_found(self, place):
+        p = verify_hub_model(place / "own", KEY, read="all").log10_p
+        done = run("own", "--key", "acme.key", "--alpha", f"{10 ** (p - 0.003):.8e}", cwd=place)
+        assert done.returncode == 1
+        assert "not enough" in done.stdout
+        shown = float(re.search(r"log10 p (-[\d.]+),", done.stdout)[1])
+        assert shown >= p
+
+    def test_one_carrier(self, tmp_path, place):
+        save_model(tmp_path / "m", all_but_one_replaced(vit()))
+        said = run(tmp_path / "m", "--key", place / "acme.key", "--alpha", "1e-30").stdout
+        assert "raw, one carrier: one carrier alone, under its own name" in said
+
+    def test_without_a_key(self, place):
+        done = run("own", cwd=place)
+        assert done.stdout.startswith("NOT CHECKED  own\n")
+        assert "All 6 claimed tensors are here, unchanged" in done.stdout
+        assert "Ownership was not tested" in done.stdout
+        assert "chance" not in done.stdout
+        refused(
+            done, "Ownership was not tested", "owner's key", "Pass --key FILE", stdout=done.stdout
+        )
+
+    def test_a_claims_text_is_no_command_to_the_terminal(self, place, tmp_path):
+        # A thief's claim, well signed, whose owner's name clears the screen and says FOUND.
+        import dataclasses
+
+        draft = dataclasses.replace(
+            claim_about(vit(), THIEF), owner="\x1b[2J\x1b[1;32mFOUND\nmodel", signature=""
+        )
+        forged = dataclasses.replace(draft, signature=THIEF.sign(draft._signed_bytes()))
+        folder = save_model(tmp_path / "m", vit(None), forged)
+        for arguments in ((), ("--key", place / "acme.key")):
+            done = run(folder, *arguments)
+            for output in (done.stdout, done.stderr):
+                assert "\x1b" not in output
+                assert "\nmodel" not in output
+
+    def test_tensor_names_are_no_commands_either(self, place, tmp_path):
+        name = "blocks.0.\x1b[2Jmlp\n.fc1.weight"
+        shapes = {name: (256, 256), "blocks.1.mlp.fc1.weight": (256, 256)}
+        done = run(save_model(tmp_path / "m", marked_arrays(shapes, KEY, strength=0.2)),
+                   "--key", place / "acme.key")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout
+
+    def test_colours_for_a_terminal_only(self, place):
+        assert "\x1b[" not in run("own", "--key", "acme.key", cwd=place).stdout
+        code, said = in_a_terminal(command("own", "--key", "acme.key"), cwd=place)
+        assert code == 0
+        assert "\x1b[32m\x1b[1mFOUND\x1b[0m" in said
+
+
+def in_a_terminal(arguments, cwd, typed: bytes = b"", environment=None):
+    """Run a command with a terminal for all of its streams; the status and what was shown."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(cwd)
+        os.execvpe(
+            arguments[0], arguments, {"PATH": str(BIN), "TERM": "xterm"} | (environment or {})
+        )
+    shown = b""
+    if typed:
+        while b":" not in shown:
+            shown += os.read(master, 1000)
+        os.write(master, typed)
+    try:
+        while part := os.read(master, 10_000):
+            shown += part
+    except OSError:
+        pass
+    os.close(master)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
+
+
+class TestUsage:
+    """Whatever is wrong with the arguments: exit 2, one line, nothing on stdout."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ((), ("Missing argument", "REPO")),
+            (("own", "more"), ("unexpected extra argument", "more")),
+            (("own", "more\nlines"), ("unexpected extra argument",)),
+            (("own", "--frobnicate"), ("No such option", "--frobnicate")),
+            (("own", "--alpha"), ("--alpha", "requires an argument")),
+            (("own", "--key", "acme.key", "--alpha", "small"), ("--alpha", "'small'", "float")),
+            (("own", "--key", "acme.key", "--alpha", "0"), ("alpha", "between 0 and 1", "got 0.0")),
+            (("own", "--key", "acme.key", "--alpha", "1"), ("alpha", "between 0 and 1", "got 1.0")),
+            (("own", "--key", "acme.key", "--alpha", "-1e-6"), ("alpha", "between 0 and 1")),
+            (("own", "--key", "acme.key", "--alpha", "nan"), ("alpha", "got nan")),
+            (("own", "--key", "acme.key", "--alpha", "inf"), ("alpha", "got inf")),
+            (("own", "--key", "acme.key", "--format", "xml"), ("--format", "'xml'", "'json'")),
+            (("own", "--key", "acme.key", "--align", "no"), ("--align", "'no'", "'never'")),
+            (("own", "--key", "acme.key", "--read", "some"), ("--read", "'some'", "'all'")),
+            (("own", "--key", "acme.key", "--recipient", ""), ("recipient", "not empty")),
+            (("own", "--recipient", "x"), ("need the owner's key", "Pass --key FILE")),
+            (("own", "--write-card"), ("need the owner's key", "Pass --key FILE")),
+            (("own", "--create-pr"), ("need the owner's key", "Pass --key FILE")),
+            (("own", "--key", "acme.key", "--revision", "main"), ("local folder", "no revision")),
+            (("nothing", "--key", "acme.key"), ("neither a repo nor a folder", "org/name")),
+            (("./nothing", "--key", "acme.key"), ("nothing there", "Check the path")),
+            (("claim.json", "--key", "acme.key"), ("claim.json", ".safetensors file")),
+            (("", "--key", "acme.key"), ("neither a repo nor a folder",)),
+            (("a/b/c", "--key", "acme.key"), ("neither a repo nor a folder",)),
+            (("https://huggingface.co/a/b", "--key", "acme.key"), ("neither a repo",)),
+        ],
+        ids=str,
+    )
+    def test_arguments(self, place, arguments, words):
+        refused(run(*arguments, cwd=place), *words)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ((), ("No command was given",)),
+            (("frobnicate",), ("No such command", "'frobnicate'", "See hf-watermark --help")),
+            (("verify",), ("Missing argument", "See hf-watermark verify --help")),
+            (("--frobnicate",), ("No such option",)),
+            (("keygen", "--format", "xml"), ("'xml'", "See hf-watermark keygen --help")),
+            (("card", "own"), ("--key", "See hf-watermark card --help")),
+            (("demo", "--seeds", "0"), ("--seeds", "range")),
+        ],
+        ids=str,
+    )
+    def test_of_the_umbrella(self, place, arguments, words):
+        done = umbrella(*arguments, cwd=place)
+        refused(done, *words, stdout=done.stdout)
+        assert bool(done.stdout) == (not arguments)  # the help, for who typed the name alone
+
+    def test_no_bug_looks_like_an_answer(self, place):
+        # An error of ours: still one line and exit 2; the traceback for who asks.
+        code = (
+            "import hf_watermark.verify as v; v.verify = lambda *a, **k: 1/0;"
+            "from hf_watermark.cli import verify_hub_model; verify_hub_model()"
+        )
+        program = [sys.executable, "-c", code, "own", "--key", "acme.key"]
+        done = run(program=program, cwd=place)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "Unexpected ZeroDivisionError: division by zero" in done.stderr
+        done = run(program=program, cwd=place, environment={"HF_WATERMARK_DEBUG": "1"})
+        assert "Traceback" in done.stderr
+
+    def test_interrupted(self, place):
+        code = (
+            "import os, signal, hf_watermark.verify as v;"
+            "v.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT);"
+            "from hf_watermark.cli import verify_hub_model; verify_hub_model()"
+        )
+        done = run(program=[sys.executable, "-c", code, "own", "--key", "acme.key"], cwd=place)
+        assert done.returncode == 130
+        assert done.stderr.strip() == "error: interrupted"
+
+    def test_a_reader_that_went_away(self, place):
+        done = subprocess.run(
+            ["sh", "-c", f"{BIN}/verify_hub_model own --key acme.key --json | true"],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("option", ["--help", "-h"])
+    def test_every_command_shows_an_example(self, name, option):
+        done = umbrella(name, option)
+        assert (done.returncode, done.stderr) == (0, "")
+        example = re.search(r"\n  Example:\n((?:    .+\n)+)", done.stdout)
+        assert example is not None, done.stdout
+        own = "verify_hub_model" if name == "verify" else f"hf-watermark {name}"
+        assert own in example[1]
+
+    @pytest.mark.parametrize("program", ["hf-watermark", "verify_hub_model"])
+    def test_of_the_programs(self, program):
+        done = run(program=[str(BIN / program), "--help"])
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(rf"\n  Example:\n    {program} ", done.stdout)
+        assert "\\b" not in done.stdout
+
+    def test_every_option_of_the_contract(self):
+        said = run("--help").stdout
+        for option in (
+            "--key FILE", "--revision R", "--alpha A", "--claim FILE|REPO", "--recipient NAME",
+            "--align [auto|never]", "--read [auto|all]", "--write-card", "--create-pr",
+            "--report FILE.html", "--format [human|json|quiet]", "--json", "--token T", "REPO",
+        ):  # fmt: skip
+            assert option in said, option
+        for status in ("0 found", "1 not found", "2 could not be"):
+            assert status in said
+
+    def test_the_examples_are_commands(self):
+        # Every option that an example uses exists.
+        for name in COMMANDS:
+            said = umbrella(name, "--help").stdout
+            example = re.search(r"\n  Example:\n((?:    .+\n)+)", said)[1]
+            for option in re.findall(r"\s(--[\w-]+)", example):
+                assert re.search(rf"^  (-\w, )?{option}\b", said, re.MULTILINE), (name, option)
+
+    def test_version(self):
+        done = umbrella("--version")
+        assert done.returncode == 0
+        assert re.search(r"\d+\.\d+", done.stdout)
+
+
+class TestOptions:
+    def test_alpha(self, place):
+        for alpha, status in (("1e-6", 0), ("0.5", 0), ("1e-300", 1)):
+            done = run("own", "--key", "acme.key", "--alpha", alpha, "--json", cwd=place)
+            assert done.returncode == status
+            assert evidence_of(done)["alpha"] == float(alpha)
+
+    def test_claim(self, hub, place):
+        for claim in ("claim.json", "own", "demo/vit", place / "own" / CLAIM_FILE):
+            done = run(
+                "stolen", "--key", "acme.key", "--claim", claim, "--json", hub=hub, cwd=place
+            )
+            assert done.returncode == 0, done.stderr
+            assert evidence_of(done)["reading"] == "renamed"
+
+    def test_recipient(self, place, tmp_path):
+        save_model(tmp_path / "copy", vit(KEY.for_recipient("customer-17")))
+        arguments = (tmp_path / "copy", "--key", "acme.key", "--recipient")
+        assert run(*arguments, "customer-17", cwd=place).returncode == 0
+        assert run(*arguments, "customer-18", cwd=place).returncode == 1
+
+    def test_read_and_align(self, place):
+        for option in (("--read", "all"), ("--read", "auto"), ("--align", "never")):
+            assert run("own", "--key", "acme.key", *option, cwd=place).returncode == 0
+
+    def test_revision(self, hub, tmp_path):
+        api = HfApi()
+        marked = api.model_info("demo/vit").sha
+        api.create_tag("demo/vit", tag="v1.0")
+        proposed = push("demo/vit", {"notes.md": b"x"}, create_pr=True)
+        plain = push(
+            "demo/vit", {WEIGHTS: (save_model(tmp_path / "p", vit(None)) / WEIGHTS).read_bytes()}
+        )
+        for revision, sha, status in (
+            ("main", plain, 1),
+            ("v1.0", marked, 0),
+            (marked, marked, 0),
+            ("refs/pr/1", proposed, 0),
+        ):
+            done = run("demo/vit", "--key", tmp_path / "acme.key", "--revision", revision, "--json",
+                       hub=hub)  # fmt: skip
+            assert (done.returncode, evidence_of(done)["revision"]) == (status, sha), done.stderr
+
+    def test_token(self, hub, tmp_path):
+        hub.create_repo("demo/secret", private=True)
+        push("demo/secret", tmp_path / "own")
+        arguments = ("demo/secret", "--key", tmp_path / "acme.key", "--json")
+        assert run(*arguments, hub=hub).returncode == 0  # HF_TOKEN
+        assert run(*arguments, "--token", hub.token, hub=hub, token="").returncode == 0
+        refused(run(*arguments, hub=hub, token=""), "or it is private", "--token")
+        done = run(*arguments, "--token", "hf_wrong", hub=hub, token="")
+        assert "hf_wrong" not in refused(done, "does not accept the token")
+
+    def test_report(self, place, tmp_path):
+        for arguments, status in (
+            (("own", "--key", "acme.key"), 0),
+            (("own", "--key", "thief.key"), 1),
+            (("own",), 2),
+        ):
+            page = tmp_path / f"report {status}.html"
+            done = run(*arguments, "--report", page, "--format", "quiet", cwd=place)
+            assert done.returncode == status
+            assert f"The report is in {page}" in done.stderr
+            text = page.read_text(encoding="utf-8")
+            assert text.startswith("<!doctype html>")
+            assert done.stdout.strip() in text.lower()
+
+    def test_a_report_that_cannot_be_written(self, place, tmp_path):
+        for path in (tmp_path / "none" / "r.html", tmp_path):
+            done = run("own", "--key", "acme.key", "--report", path, "--format", "quiet", cwd=place)
+            refused(done, "cannot be written", "another path", stdout="found\n")
+
+    def test_the_libraries_are_not_loaded(self, place):
+        code = (
+            "import sys, atexit; heavy = {'torch', 'transformers', 'datasets', 'PIL'};"
+            "atexit.register(lambda: print(sorted(heavy & set(sys.modules))));"
+            "from hf_watermark.cli import verify_hub_model; verify_hub_model()"
+        )
+        done = run(program=[sys.executable, "-c", code, "own", "--key", "acme.key"], cwd=place)
+        assert done.returncode == 0
+        assert done.stdout.endswith("\n[]\n")
+
+
+class TestKeys:
+    def test_keygen(self, tmp_path):
+        done = umbrella("keygen", "acme.key", "--owner", "acme", "--json", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        said = evidence_of(done)
+        assert list(said) == ["path", "fingerprint", "commitment", "public_key"]
+        key = OwnerKey.load(tmp_path / "acme.key")
+        assert (key.owner, key.fingerprint) == ("acme", said["fingerprint"])
+        assert stat.S_IMODE((tmp_path / "acme.key").stat().st_mode) == 0o600
+        assert (tmp_path / "acme.key").read_text() not in done.stdout
+        again = umbrella("keygen", "acme.key", cwd=tmp_path)
+        refused(again, "exists and does not hold this key", "Choose another path")
+        assert OwnerKey.load(tmp_path / "acme.key") == key
+
+    def test_keygen_for_people_and_scripts(self, tmp_path):
+        done = umbrella("keygen", cwd=tmp_path)
+        key = OwnerKey.load(tmp_path / "owner.key")
+        assert done.stdout == f"Key {key.fingerprint} is in owner.key.\n"
+        assert "Keep it secret" in done.stderr
+        done = umbrella("keygen", "k", "--format", "quiet", cwd=tmp_path)
+        assert done.stdout == f"{OwnerKey.load(tmp_path / 'k').fingerprint}\n"
+        refused(umbrella("keygen", "none/k", cwd=tmp_path), "cannot be written")
+
+    def test_a_passphrase(self, place, tmp_path):
+        secret = {"HF_WATERMARK_PASSPHRASE": "correct horse"}
+        done = umbrella("keygen", "k", "--encrypt", cwd=tmp_path, environment=secret)
+        assert done.returncode == 0, done.stderr
+        assert "secret" not in json.loads((tmp_path / "k").read_text())
+        arguments = (place / "own", "--key", tmp_path / "k", "--format", "quiet")
+        done = run(*arguments, environment=secret)
+        assert (done.returncode, done.stdout) == (1, "not found\n")
+        refused(run(*arguments), "is encrypted", "HF_WATERMARK_PASSPHRASE")
+        wrong = {"HF_WATERMARK_PASSPHRASE": "wrong horse"}
+        line = refused(run(*arguments, environment=wrong), "does not open", "passphrase")
+        assert "horse" not in line
+        refused(umbrella("keygen", "k2", "--encrypt", cwd=tmp_path), "HF_WATERMARK_PASSPHRASE")
+        assert not (tmp_path / "k2").exists()
+
+    def test_a_passphrase_typed(self, place, tmp_path):
+        KEY.save(tmp_path / "k", "correct horse")
+        arguments = command(place / "own", "--key", tmp_path / "k", "--format", "quiet")
+        code, shown = in_a_terminal(arguments, tmp_path, b"correct horse\n")
+        assert code == 0
+        assert "found" in shown
+        assert "horse" not in shown
+        code, shown = in_a_terminal(arguments, tmp_path, b"wrong horse\n")
+        assert code == 2
+        assert "does not open" in shown
+
+    def test_a_key_that_others_can_read(self, place, tmp_path):
+        KEY.save(tmp_path / "k")
+        (tmp_path / "k").chmod(0o644)
+        done = run(place / "own", "--key", tmp_path / "k", "--json")
+        assert done.returncode == 0
+        assert evidence_of(done)["verdict"] == "found"
+        assert (
+            done.stderr
+            == f"warning: {tmp_path}/k can be read by other users; run: chmod 600 {tmp_path}/k\n"
+        )
+
+
+class TestCard:
+    def test_printed(self, hub, tmp_path):
+        before = HfApi().model_info("demo/vit").sha
+        done = umbrella("card", "demo/vit", "--key", tmp_path / "acme.key", hub=hub)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "<!-- hf-watermark:begin -->" in done.stdout
+        assert done.stdout.startswith("---\n")
+        assert HfApi().model_info("demo/vit").sha == before
+
+    def test_nothing_to_print(self, place):
+        done = umbrella("card", "own", "--key", "thief.key", cwd=place)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "not found" in done.stderr
+
+
+def test_the_secret_is_shown_nowhere(hub, tmp_path):
+    secret = bytes(range(32))
+    import base64
+
+    needles = (secret, secret.hex().encode(), base64.b64encode(secret))
+    said = b""
+    for form in ("human", "json", "quiet"):
+        page = tmp_path / f"{form}.html"
+        done = run("demo/vit", "--key", tmp_path / "acme.key", "--format", form, "--write-card",
+                   "--report", page, hub=hub)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said += done.stdout.encode() + done.stderr.encode() + page.read_bytes()
+    said += hub.bytes_of()
+    assert b"hf-watermark:begin" in said
+    for needle in needles:
+        assert needle not in said
