@@ -1,7 +1,7 @@
 """Does one rule serve every image classifier of transformers, and heads beyond classification?
 
 Each architecture of the auto mapping is built small (its own code, sizes shrunk) and trained for a
-few steps twice: with the default mark, and without; the latter is then marked on disk, without data.
+few steps twice: with the default mark, and without; the latter is then marked on disk without data.
 Both marks must be found with the key alone and load with plain `from_pretrained`; the second may
 differ from its source in the carriers' bytes only. Nothing must be found in the unmarked one, nor
 with another key. Models for detection, segmentation and the like are examined the same way.
@@ -32,6 +32,7 @@ from transformers import AutoModelForImageClassification, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from hf_watermark import OwnerKey, Scheme
+from hf_watermark.carriers import choose_carriers
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
 from hf_watermark.direct import embed_checkpoint
 from hf_watermark.embedding import Measurement, WatermarkLoss
@@ -215,7 +216,7 @@ def _backbone(kind: str, sizes: Sizes, stages: list[str]) -> Sizes:
 HEADS: dict[str, tuple[str, Sizes]] = {
     "BeitForSemanticSegmentation": (
         "BeitConfig",
-        {**_PLAIN, "image_size": 64, "out_indices": [1, 2, 3, 4]},
+        {**_PLAIN, "out_indices": [1, 2, 3, 4]},
     ),
     "CLIPModel": ("CLIPConfig", _TOWERS),
     "DetrForObjectDetection": (
@@ -226,7 +227,6 @@ HEADS: dict[str, tuple[str, Sizes]] = {
         "DPTConfig",
         {
             **_PLAIN,
-            "image_size": 64,
             "backbone_out_indices": [0, 1, 2, 3],
             "neck_hidden_sizes": [16, 32, 48, 64],
             "fusion_hidden_size": 32,
@@ -283,6 +283,10 @@ HEADS: dict[str, tuple[str, Sizes]] = {
 }
 
 
+class NotInstalledError(Exception):
+    """An architecture needs a library that is not here: the one reason to skip it."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One class of transformers and what makes it small."""
@@ -298,12 +302,15 @@ class Architecture:
         """The model with the weights it starts with.
 
         Raises:
-            ImportError: If it needs a library that is not installed.
+            NotInstalledError: If it needs a library that is not installed.
         """
         set_seed(seed)
         config = self.config_class(**self.sizes)
         config.num_labels = LABELS
-        return self.model_class(config)
+        try:
+            return self.model_class(config)
+        except ImportError as error:
+            raise NotInstalledError(" ".join(str(error).split()).split(". ")[0]) from None
 
 
 def classifiers() -> Iterator[Architecture]:
@@ -436,6 +443,7 @@ def train(
 ) -> Measurement | None:
     """A few steps of AdamW, marked unless the key is None; how the mark stands then."""
     steps = STEPS if classifies else HEAD_STEPS
+    model.requires_grad_(True)  # DETR freezes its backbone; a frozen carrier is refused
     set_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
@@ -506,7 +514,7 @@ def examine(architecture: Architecture, key: OwnerKey, *, seed: int = 0) -> dict
         seed: Of the weights and of the training.
 
     Raises:
-        ImportError: If the architecture needs a library that is not installed.
+        NotInstalledError: If the architecture needs a library that is not installed.
     """
     unmarked, model = architecture.build(seed), architecture.build(seed)
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -518,9 +526,14 @@ def examine(architecture: Architecture, key: OwnerKey, *, seed: int = 0) -> dict
         done = embed_checkpoint(plain, key, direct)
         carriers = [claimed.carrier for claimed in done.claim.carriers]
         names = [carrier.name for carrier in carriers]
+        of_module = choose_carriers({n: tuple(p.shape) for n, p in model.named_parameters()})
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         row |= {
             "carriers": len(carriers),
             "first_carrier": names[0],
+            # transformers saves under other names: do they lead to the same layers?
+            "same_in_module": [c.shape for c in of_module] == [c.shape for c in carriers],
+            "frozen": sum(carrier.name not in trainable for carrier in of_module),
             "columns": sum(carrier.columns for carrier in carriers),
             "weights": sum(carrier.weights for carrier in carriers),
             "bits": Scheme.from_name(done.claim.scheme).bits,
@@ -573,11 +586,6 @@ def good(row: dict[str, Any]) -> bool:
     )
 
 
-def _told(error: Exception) -> str:
-    """The first sentence."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:300]
-
-
 def survey(architectures: Iterator[Architecture], key: OwnerKey, *, seed: int) -> dict[str, Any]:
     """A row for each; what cannot be built is skipped, everything else that breaks has failed."""
     rows: dict[str, Any] = {}
@@ -585,10 +593,10 @@ def survey(architectures: Iterator[Architecture], key: OwnerKey, *, seed: int) -
         started = time.perf_counter()
         try:
             row = examine(architecture, key, seed=seed)
-        except ImportError as error:
-            row = {"skipped": _told(error)}
+        except NotInstalledError as error:
+            row = {"skipped": str(error)}
         except Exception as error:  # one that breaks must not hide the others
-            row = {"failed": _told(error)}
+            row = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         rows[architecture.label] = row
         said = "good" if good(row) else row.get("skipped") or row.get("failed") or json.dumps(row)
         seconds = time.perf_counter() - started
@@ -621,7 +629,8 @@ def table(record: dict[str, Any]) -> str:
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     left = []
-    for label, row in (record["classifiers"] | record["heads"]).items():
+    rows = record["classifiers"] | record["heads"]
+    for label, row in rows.items():
         if "direct" not in row:
             left.append(f"{label}: {row.get('skipped') or 'failed, ' + row['failed']}")
             continue
@@ -643,11 +652,25 @@ def table(record: dict[str, Any]) -> str:
     settings = record["settings"]
     lines += [
         "",
-        f"T = {settings['bits']} bits, transformers {settings['transformers']}, "
-        f"{settings['steps']} steps of training from random weights (heads beyond classification: "
-        f"{settings['head_steps']}), {settings['images']} images. Every row was found with the key alone, not found "
-        "unmarked or with another key, is the same outside the carriers' bytes, and loads with "
-        "`from_pretrained`; those that were not say failed.",
+        f"M columns, N weights, T = {settings['bits']} bits; transformers "
+        f"{settings['transformers']}; {settings['steps']} steps of training from random weights "
+        f"({settings['head_steps']} for heads beyond classification); answers to "
+        f"{settings['images']} images.",
+        "Every row that does not say failed was found with the key alone both ways, was not found "
+        "unmarked or with another key, loads with `from_pretrained`, and marking it on disk left "
+        "every byte outside the carriers as it was.",
+        *(
+            f"{label}: transformers freezes {row['frozen']} of {row['carriers']} carriers; they "
+            "were unfrozen for training."
+            for label, row in rows.items()
+            if row.get("frozen")
+        ),
+        *(
+            f"{label}: the module's names lead to other layers than the checkpoint's do; the mark "
+            "of training was found in those that both name."
+            for label, row in rows.items()
+            if not row.get("same_in_module", True)
+        ),
         *(f"Left out: {line}." for line in left),
     ]
     return "\n".join(lines)

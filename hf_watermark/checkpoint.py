@@ -101,7 +101,7 @@ class FolderFiles:
         if size is not None and given.suffix == _SUFFIX:
             self._folder = given.parent
             self.sizes: Mapping[str, int] = {given.name: size}
-        elif given.is_dir():
+        elif os.path.isdir(given):
             self._folder = given
             self.sizes = dict(sorted(_list(given, depth=1)))
         else:

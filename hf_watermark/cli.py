@@ -45,7 +45,7 @@ def _run(command: click.Command, name: str) -> None:
         status = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        status = _refuse(f"No command was given; expected one of the above, as in {name} demo")
+        status = _refuse(f"No command was given; expected one of the above. Try {name} demo")
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = name if context is None else context.command_path

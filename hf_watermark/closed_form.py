@@ -30,7 +30,7 @@ __all__ = ["ClosedForm", "Mark", "Progress", "rounded"]
 Progress = Callable[[int, int], None]
 
 _PIECE = 2**18  # weights at a time: what is made of them stays in the cache
-_ROUNDS = 6  # of asking for more where rounding swallowed a part: bfloat16 takes 1 or 2
+_ROUNDS = 5  # of asking for more where rounding swallowed a part: bfloat16 takes 0 or 1
 _LEAST_SHARE = 0.25  # below it a change is swallowed nearly whole, and what is left says little
 _ROOM = 2**27  # bytes of Gram matrices that are kept; others are made again for every pass
 
@@ -176,7 +176,7 @@ def rounded(w: Floats, dtype: str) -> tuple[npt.NDArray[np.generic], Floats]:
 
 
 class ClosedForm:
-    """One embedding: `measure`, then `solve`, then `write`.
+    """One embedding: `measure`, `solve`, `write` every file that is copied, then `settle`.
 
     Args:
         checkpoint: The source.
@@ -202,7 +202,7 @@ class ClosedForm:
         # A little more than is demanded, so that a machine that rounds otherwise finds it there.
         self._asked = self._wanted * (1.0 + TOLERANCE)
         self.v: Doubles = np.zeros(len(mark.signs))
-        self.changes = [0.0]
+        self.changes = [0.0] * len(mark.carriers)
 
     def count(self, done: int) -> None:
         """Tell how many weights are done."""
@@ -233,7 +233,7 @@ class ClosedForm:
                 self.count(self._done + w.size)
             self._before.append(_response(sums, carrier))
             self._grams.add(i, directions)
-        self._after = self._before
+        self._after = list(self._before)
 
     def solve(self) -> None:
         """Find the least change, zero if the mark is there.
@@ -243,42 +243,55 @@ class ClosedForm:
         """
         if self._is_reached():
             return
-        mark = self._mark
-        self.v = lift(self._z, self._grams, mark.weights, mark.signs, self._asked)
-        predicted = mark.signs * responses_after(self.v, self._z, self._grams, mark.weights)
-        if float((self._asked - predicted).max()) > 2.0 * TOLERANCE * mark.margin:
+        predicted = self._lift()
+        if float((self._asked - predicted).max()) > 2.0 * TOLERANCE * self._mark.margin:
             self._refuse(predicted, "use fewer bits or less strength")
 
-    def write(self, target: Path) -> None:
-        """Write the changed carriers into a copy of the source.
+    def write(self, file: str, target: Path) -> None:
+        """Write the changed carriers of one file into its copy.
 
-        Rounding to 8 bits of mantissa swallows a part of a slight change: what is left of it tells
-        how much more to ask for.
+        Args:
+            file: Its path in the source.
+            target: The folder of the copy.
+        """
+        for i, carrier in enumerate(self._mark.carriers):
+            if self.v.any() and self._checkpoint.tensors[carrier.name].file == file:
+                self._after[i], self.changes[i] = self._rewrite(i, target)
+
+    def settle(self, target: Path) -> None:
+        """Once all files are written: ask for more where rounding swallowed a part.
+
+        Rounding to 8 bits of mantissa does that to slight changes; what is left of a change tells
+        how much more is needed.
 
         Raises:
             CarrierError: If rounding keeps the margin out of reach.
         """
-        mark, z = self._mark, self._z
-        start = mark.signs * z.sum(axis=0)
+        start = self._mark.signs * self._z.sum(axis=0)
         for _ in range(_ROUNDS):
             if self._is_reached():
                 return
-            if self._after is not self._before:
-                predicted = responses_after(self.v, z, self._grams, mark.weights)
-                raised = mark.signs * predicted - start
-                share = float((self.reached - start) @ raised) / float(raised @ raised)
-                lacking = np.maximum(self._wanted - self.reached, 0.0)
-                self._asked = self._asked + lacking / min(max(share, _LEAST_SHARE), 1.0)
-                self.v = lift(z, self._grams, mark.weights, mark.signs, self._asked)
-            scales = 1.0 / growth(self.v, z, self._grams, mark.weights)
-            written = [self._rewrite(i, float(scale), target) for i, scale in enumerate(scales)]
-            self._after = [response for response, _ in written]
-            self.changes = [change for _, change in written]
-        if not self._is_reached():
-            self._refuse(
-                self.reached,
-                "use fewer bits or more strength, or mark the checkpoint in F32 before casting it",
-            )
+            raised = self._predicted - start
+            share = float((self.reached - start) @ raised) / float(raised @ raised)
+            lacking = np.maximum(self._wanted - self.reached, 0.0)
+            self._asked = self._asked + lacking / min(max(share, _LEAST_SHARE), 1.0)
+            self._lift()
+            for file in self._checkpoint.weight_files:
+                self.write(file, target)
+        if self._is_reached():
+            return
+        self._refuse(
+            self.reached,
+            "use fewer bits or more strength, or mark the checkpoint in F32 before casting it",
+        )
+
+    def _lift(self) -> Doubles:
+        """Solve for what is asked; s_t z_t as it should be then, (T,)."""
+        z, mark = self._z, self._mark
+        self.v = lift(z, self._grams, mark.weights, mark.signs, self._asked)
+        self._scales = 1.0 / growth(self.v, z, self._grams, mark.weights)
+        self._predicted = mark.signs * responses_after(self.v, z, self._grams, mark.weights)
+        return self._predicted
 
     @property
     def _z(self) -> Doubles:
@@ -303,7 +316,7 @@ class ClosedForm:
             stop = min(start + step, carrier.rows)
             yield start, self._checkpoint.read_rows(carrier.name, start, stop)
 
-    def _rewrite(self, i: int, scale: float, target: Path) -> tuple[Response, float]:
+    def _rewrite(self, i: int, target: Path) -> tuple[Response, float]:
         """Write one carrier into the copy; what a reader finds there, and how far it moved."""
         carrier, rms = self._mark.carriers[i], self._before[i].rms
         span = self._checkpoint.tensors[carrier.name]
@@ -317,7 +330,7 @@ class ClosedForm:
             for start, w in self._pieces(carrier):
                 changed = u[start : start + len(w)] @ directions.x
                 changed += w
-                changed *= np.float32(scale)
+                changed *= np.float32(self._scales[i])
                 stored, changed = rounded(changed, span.dtype)
                 file.seek(span.start + start * span.row_bytes)
                 file.write(stored.data)

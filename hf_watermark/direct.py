@@ -153,10 +153,13 @@ def embed_checkpoint(
         work.measure()
         work.solve()
     with appearing(output) as unfinished, _one_thread():
-        paths = copy_folder(folder, unfinished)
+        paths = []
+        for path in copy_folder(folder, unfinished):
+            paths.append(path)
+            work.write(path, unfinished)  # while it is still in memory
+        work.settle(unfinished)
         if kept is not None:
             os.replace(unfinished / CLAIM_FILE, unfinished / kept)
-        work.write(unfinished)
         names = [carrier.name for carrier in chosen]
         written = Checkpoint.open(FolderFiles(unfinished))
         claim = make_claim(written, key, scheme, names, secret_carriers=carriers is not None)
@@ -249,7 +252,7 @@ def _carriers(
         raise CarrierError(
             "The source is marked with this key already, in carriers that its claim keeps secret",
             expected="their names",
-            do=f"pass them, or remove {CLAIM_FILE} to mark the default carriers too",
+            do="pass them, or remove that claim to mark the default carriers too",
         )
     if ours is not None and all(shapes.get(c.name) == c.shape for c in ours.carriers):
         return tuple(claimed.carrier for claimed in ours.carriers)

@@ -26,17 +26,17 @@ from hf_watermark.carriers import (
 from hf_watermark.errors import AttachError, CarrierError, ShardedParameterError
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.key import OwnerKey
+from hf_watermark.margins import TOLERANCE, least_change
 from hf_watermark.projections import Doubles, Projection
 from hf_watermark.scheme import Scheme
 
-__all__ = ["Measurement", "WatermarkLoss", "least_change", "unwrapped_parameters"]
+__all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
 
 # Which keys are attached to which module: attaching the same one twice would push twice as hard.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, WatermarkLoss]]
 _ATTACHED = weakref.WeakKeyDictionary()
 
 _PASSES = 4  # rescaling to the old norm moves responses by d^2 / 2: two passes nearly always do
-_TOLERANCE = 1e-3  # of the margin
 _FSDP = ("FSDPModule", "FullyShardedDataParallel")
 
 
@@ -70,36 +70,6 @@ def unwrapped_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         name.replace("_orig_mod.", ""): parameter
         for name, parameter in _unwrapped(model).named_parameters()
     }
-
-
-def least_change(deficit: Doubles, gram: Doubles) -> Doubles:
-    """The least a >= 0 (in the metric of `gram`) with gram a >= deficit.
-
-    The dual of: the smallest change of the carriers that lifts every bit to its margin. Solved by
-    accelerated projected gradient in T dimensions, restarted where it overshoots (O'Donoghue and
-    Candes 2015, section 3.2: as many bits as columns took 3 to 5 times as many steps without); the
-    carriers themselves are not touched.
-
-    Args:
-        deficit: How much every bit lacks, (T,); negative where it has more than enough.
-        gram: Inner products of the bits' directions, (T, T), positive definite.
-
-    Returns:
-        a, (T,) float64.
-    """
-    step = 1.0 / float(np.linalg.eigvalsh(gram)[-1])
-    a = np.maximum(deficit, 0.0)
-    previous, momentum = a, 1.0
-    for _ in range(500):
-        faster = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * momentum * momentum))
-        point = a + (momentum - 1.0) / faster * (a - previous)
-        previous, momentum = a, faster
-        a = np.maximum(point + step * (deficit - gram @ point), 0.0)
-        if float((point - a) @ (a - previous)) > 0.0:
-            momentum = 1.0
-        if float(np.max(np.abs(a - previous))) <= 1e-7 * (1.0 + float(np.max(a))):
-            break
-    return a
 
 
 class WatermarkLoss:
@@ -162,14 +132,32 @@ class WatermarkLoss:
             choose_carriers(shapes) if carriers is None else named_carriers(shapes, carriers)
         )
         check_capacity(self.carriers, self.scheme)
-        self._parameters = [parameters[carrier.name] for carrier in self.carriers]
-        for carrier, parameter in zip(self.carriers, self._parameters, strict=True):
-            _refuse_unusable(carrier, parameter)
+        for carrier in self.carriers:
+            _refuse_unusable(carrier, parameters[carrier.name])
         self.projection = Projection(key, self.scheme, self.carriers)
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._gram: Doubles | None = None
         self._attached = False
         self.attach()
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """The carriers, looked up anew: sharding and converting put others in their place."""
+        parameters = unwrapped_parameters(self.model)
+        found = []
+        for carrier in self.carriers:
+            parameter = parameters.get(carrier.name)
+            if parameter is not None:
+                _refuse_shards(carrier.name, parameter)
+            if parameter is None or tuple(parameter.shape) != carrier.shape:
+                raise AttachError(
+                    f"The model has changed since {carrier.name[:120]!r} became a carrier",
+                    expected=f"a parameter of shape {list(carrier.shape)}",
+                    got="none" if parameter is None else f"{list(parameter.shape)}",
+                    do="attach after everything that wraps or changes the model",
+                )
+            found.append(parameter)
+        return found
 
     def attach(self) -> None:
         """Start marking; the constructor does it.
@@ -214,7 +202,7 @@ class WatermarkLoss:
         `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is
         in natural sigmas, except for `mean` with `bce`: the paper's own z = X w on raw weights.
         """
-        device = self._parameters[0].device
+        device = self.weights()[0].device
         signs = torch.as_tensor(self.projection.message_signs, dtype=torch.float32, device=device)
         # Autocast would round the responses to 8 bits of mantissa.
         with torch.autocast(device_type=device.type, enabled=False):
@@ -234,11 +222,11 @@ class WatermarkLoss:
         Args:
             natural: In natural sigmas; otherwise raw, which differs only for `mean`.
         """
-        device = self._parameters[0].device
+        parameters = self._parameters
+        device = parameters[0].device
         z = torch.zeros(self.scheme.bits, device=device)
         means = []
-        for i, (carrier, parameter) in enumerate(zip(self.carriers, self._parameters, strict=True)):
-            _refuse_shards(carrier.name, parameter)
+        for i, (carrier, parameter) in enumerate(zip(self.carriers, parameters, strict=True)):
             w = parameter.reshape(carrier.rows, carrier.columns).float()
             u, x = self._tensors(i, parameter.device)
             if self.scheme.statistic == "mean":
@@ -281,7 +269,7 @@ class WatermarkLoss:
         for _ in range(_PASSES):
             z = self.responses().double().cpu().numpy()
             deficit = margin - signs * z
-            if not np.isfinite(z).all() or float(deficit.max()) <= _TOLERANCE * margin:
+            if not np.isfinite(z).all() or float(deficit.max()) <= TOLERANCE * margin:
                 return
             gram = self._signed_gram()
             self._change(least_change(deficit, gram) * signs)
@@ -363,9 +351,8 @@ class WatermarkLoss:
     def read(self) -> Reading:
         """What a verifier would read from the carriers now."""
         extraction = Extraction(self.projection)
-        for i, (carrier, parameter) in enumerate(zip(self.carriers, self._parameters, strict=True)):
-            _refuse_shards(carrier.name, parameter)
-            extraction.add(i, 0, parameter.detach().float().cpu().numpy())
+        for i, weight in enumerate(self.weights()):
+            extraction.add(i, 0, weight.float().cpu().numpy())
         return extraction.reading()
 
     def weights(self) -> list[Tensor]:
@@ -382,9 +369,11 @@ class WatermarkLoss:
         """
         self._check_attached()
         # Loops end with an evaluation: what was stepped needs its last projection all the same.
-        if self.model.training or self.steps:
-            self.project()
-        self.release()
+        try:
+            if self.model.training or self.steps:
+                self.project()
+        finally:
+            self.release()
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -100,26 +100,27 @@ def appearing(folder: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def copy_folder(folder: Path, target: Path) -> list[str]:
-    """Copy all files but `.git` and `.cache`, following links; their paths, in POSIX spelling.
+def copy_folder(folder: Path, target: Path) -> Iterator[str]:
+    """Copy all files but `.git` and `.cache`, following links.
 
     Nobody gets more rights than on the original, and the owner those to write.
+
+    Yields:
+        The path of each file once it is copied, in POSIX spelling.
 
     Raises:
         CheckpointError: If something is no file, or a link leads back.
     """
-    paths = []
     for path in _walk(folder, frozenset(folder.resolve().parents), _SKIPPED):
         relative = path.relative_to(folder)
         copy = target / relative
         if path.is_dir():
             copy.mkdir()
             continue
-        paths.append(relative.as_posix())
         mode = stat.S_IMODE(path.stat().st_mode) & 0o777 | 0o600
         os.close(os.open(copy, os.O_CREAT | os.O_WRONLY, mode))  # the umask applies
         shutil.copyfile(path, copy)
-    return paths
+        yield relative.as_posix()
 
 
 def holds_weights(path: str) -> bool:

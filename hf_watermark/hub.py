@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -31,7 +32,7 @@ from hf_watermark.safetensors_ranges import Reader, quoted
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["Commit", "HubFiles", "commit_files", "first_commit", "open_files"]
+__all__ = ["Commit", "HubFiles", "commit_files", "download", "first_commit", "open_files"]
 
 _SHA = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _ORG_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

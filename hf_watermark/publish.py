@@ -68,6 +68,13 @@ def write_card(
 
     if files.revision is None:
         _check_folder(files, create_pr)
+    elif revision == files.revision:
+        raise WatermarkError(
+            f"The card of {files.name} cannot be written to a commit",
+            expected="a branch, or none for the default one",
+            got=revision,
+            do="leave the revision out, or give a branch or refs/pr/N",
+        )
     old = read_card_text(files)
     new = updated_card(old, evidence, None if claim is None else claim.public)
     if files.revision is None:

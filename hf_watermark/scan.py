@@ -116,7 +116,7 @@ def trace(
     files = open_files(repo, revision, token)
     found = find_claim(files, claim, token)
     checkpoint = Checkpoint.open(files)
-    scheme, carriers, _ = what_to_read(checkpoint, found, key, given=claim is not None)
+    scheme, carriers = what_to_read(checkpoint, found, key, given=claim is not None)
     plan = Plan.make(carriers, checkpoint.shapes(), progressive=False)
     if scheme.decides != "soft" or not plan.assignments:
         raise SchemeError("Recipients are traced by the soft statistic in whole models only")

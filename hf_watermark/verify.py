@@ -24,7 +24,7 @@ from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect
 from hf_watermark.scheme import Scheme
 
-__all__ = ["DEFAULT_ALPHA", "Verification", "verify", "verify_hub_model"]
+__all__ = ["DEFAULT_ALPHA", "Verification", "verify", "verify_hub_model", "what_to_read"]
 
 DEFAULT_ALPHA = 1e-6
 # What X and u may take for carriers that the suspect's own shapes suggest, in bytes. A ViT-g takes
@@ -153,7 +153,12 @@ def _check_options(key: OwnerKey | None, alpha: float, align: str, read: str) ->
             do="load it: OwnerKey.load('acme.key')",
         )
     if not (isinstance(alpha, (int, float)) and 0.0 < alpha < 1.0 and math.isfinite(alpha)):
-        raise SchemeError("alpha is out of range", expected="a number between 0 and 1", got=alpha)
+        raise SchemeError(
+            "alpha is out of range",
+            expected="a number between 0 and 1",
+            got=alpha,
+            do=f"leave it out for {DEFAULT_ALPHA:g}",
+        )
     if align not in ("auto", "never"):
         raise SchemeError("Unknown align", expected="auto or never", got=repr(align))
     if read not in ("auto", "all"):
@@ -218,15 +223,9 @@ def _read(
     read: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    shapes = checkpoint.shapes()
-    if found is None:
-        scheme = Scheme()
-        carriers = _default_carriers(shapes, scheme)
-    else:
-        scheme = Scheme.from_name(found.claim.scheme)
-        carriers = tuple(claimed.carrier for claimed in found.claim.carriers)
+    scheme, carriers = _scheme_and_carriers(checkpoint, found)
     progressive = read == "auto" and scheme.statistic == "spread"
-    plan = Plan.make(carriers, shapes, progressive=progressive)
+    plan = Plan.make(carriers, checkpoint.shapes(), progressive=progressive)
     projection = Projection(key, scheme, carriers)
     finding = read_suspect(checkpoint, projection, plan, alpha, progress)
     return {
@@ -240,6 +239,35 @@ def _read(
         "carriers": finding.carriers,
         "key_fingerprint": key.fingerprint,
     }
+
+
+def what_to_read(
+    checkpoint: Checkpoint, found: FoundClaim | None, key: OwnerKey, *, given: bool
+) -> tuple[Scheme, tuple[Carrier, ...]]:
+    """The scheme and the carriers that a suspect is read by.
+
+    Args:
+        checkpoint: The suspect.
+        found: The claim that was found, whoever's it is.
+        key: The owner's.
+        given: Whether the claim was asked for; a foreign one is then an error.
+
+    Raises:
+        ClaimError: If the claim does not belong to the key, or does not name its carriers.
+        CarrierError: If there is no claim and the default rule finds no carriers.
+    """
+    usable, _ = _usable(found, (key, key), given)
+    return _scheme_and_carriers(checkpoint, usable)
+
+
+def _scheme_and_carriers(
+    checkpoint: Checkpoint, found: FoundClaim | None
+) -> tuple[Scheme, tuple[Carrier, ...]]:
+    if found is None:
+        scheme = Scheme()
+        return scheme, _default_carriers(checkpoint.shapes(), scheme)
+    carriers = tuple(claimed.carrier for claimed in found.claim.carriers)
+    return Scheme.from_name(found.claim.scheme), carriers
 
 
 def _default_carriers(shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[Carrier, ...]:
@@ -265,7 +293,7 @@ def _public_checks(checkpoint: Checkpoint, found: FoundClaim | None) -> dict[str
             do="pass the owner's key with --key, or a claim with --claim",
         )
     claim = found.claim
-    if claim.hides_carriers:
+    if claim.carriers_commitment is not None:  # anyone can put a list beside a commitment
         digests = "The claim keeps its carriers secret, so their digests were not checked."
     else:
         digests = f"All {check_digests(checkpoint, claim)} claimed tensors are here, unchanged."

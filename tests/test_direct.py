@@ -274,7 +274,7 @@ class TestRounding:
         assert again.unchanged
 
     def test_what_rounding_breaks_is_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(closed_form_module, "_ROUNDS", 1)
+        monkeypatch.setattr(closed_form_module, "_ROUNDS", 0)
         signs = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0)).sign()
         source = self.save(tmp_path / "source", signs.to(torch.bfloat16))
         with pytest.raises(CarrierError, match="cannot hold the margin") as caught:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_watermark import OwnerKey, Scheme
-from hf_watermark.embedding import WatermarkLoss, least_change, unwrapped_parameters
+from hf_watermark.embedding import WatermarkLoss, unwrapped_parameters
 from hf_watermark.errors import (
     AttachError,
     CarrierError,
@@ -34,6 +34,7 @@ from hf_watermark.errors import (
     WatermarkError,
 )
 from hf_watermark.extraction import Extraction
+from hf_watermark.margins import least_change
 from hf_watermark.projections import Projection
 
 KEY = OwnerKey(bytes(range(32)), owner="acme")
@@ -633,6 +634,21 @@ class TestSharding:
         )
         watermark.release()
 
+    def test_sharding_after_attaching(self, mesh):
+        """The mark must not go into parameters that the model no longer has."""
+        from torch.distributed.fsdp import fully_shard
+
+        for scheme in (PROJECTIONS[0], LOSSES[0]):
+            model = vit()
+            watermark = WatermarkLoss(model, KEY, scheme)
+            fully_shard(model, mesh=mesh)
+            for use in (watermark.penalty, watermark.measure, watermark.weights, watermark.read):
+                message_of(ShardedParameterError, use)
+            if scheme.embedding == "projection":
+                message_of(ShardedParameterError, watermark.step)
+                message_of(ShardedParameterError, watermark.detach)
+                message_of(AttachError, watermark.detach)  # it let go all the same
+
     def test_ddp(self, mesh):
         model = vit()
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -736,6 +752,35 @@ class TestAttaching:
             assert reading.matched == 64
             assert reading.log10_p < -150
         assert abs(read(model, OwnerKey(bytes(32)), marks[0]).soft) < 5.0
+
+    def test_a_parameter_in_the_place_of_a_carrier(self):
+        model = vit()
+        watermark = WatermarkLoss(model, KEY)
+        fc1 = model.vit.layers[1].mlp.fc1
+        fc1.weight = nn.Parameter(fc1.weight.detach().clone())
+        watermark.step()
+        watermark.detach()
+        assert read(model, KEY, watermark).matched == 64
+
+    def test_a_model_that_changed_its_shape(self):
+        model = vit()
+        watermark = WatermarkLoss(model, KEY)
+        model.vit.layers[1].mlp.fc1 = nn.Linear(64, 128)
+        said = message_of(AttachError, watermark.step)
+        assert "'vit.layers.1.mlp.fc1.weight'" in said
+        assert "[256, 64]; got [128, 64]" in said
+        del model.vit.layers[1].mlp.fc1
+        assert "got none" in message_of(AttachError, watermark.detach)
+        WatermarkLoss(model, KEY, carriers=[FC1.format(0)])
+
+    def test_wrapping_after_attaching(self):
+        torch._dynamo.reset()
+        model = vit(layers=2)
+        watermark = WatermarkLoss(model, KEY, every=1)
+        model.vit.layers[0] = torch.compile(model.vit.layers[0], backend="eager")
+        train(torch.compile(model, backend="eager"), watermark, steps=2)
+        watermark.detach()
+        assert read(model, KEY, watermark).matched == 64
 
     def test_dropped_is_detached(self):
         model = vit()

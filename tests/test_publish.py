@@ -147,13 +147,14 @@ class TestTheCommand:
         assert BEGIN in card_of(revision="refs/pr/1")
         assert head() == before
 
-    @pytest.mark.parametrize("revision", ["a tag", "a sha"])
-    def test_what_is_no_branch_cannot_be_written_to(self, hub, tmp_path, revision):
+    def test_what_is_no_branch_cannot_be_written_to(self, hub, tmp_path):
         before = head()
         HfApi().create_tag("demo/vit", tag="v1")
-        named = "v1" if revision == "a tag" else before
-        done = self.write(hub, tmp_path, "--write-card", "--revision", named)
-        refused(done, "demo/vit", stdout="found\n")
+        for option in ("--write-card", "--create-pr"):
+            done = self.write(hub, tmp_path, option, "--revision", before)
+            refused(done, "expected a branch", before, "Leave the revision out", stdout="found\n")
+        done = self.write(hub, tmp_path, "--write-card", "--revision", "v1")
+        refused(done, "'demo/vit' at 'v1'", "Not a branch", stdout="found\n", advice=False)
         assert (head(), card_of()) == (before, CARD)
 
     def test_not_found_writes_nothing(self, hub, tmp_path):

@@ -34,6 +34,7 @@ from transformers import (
     ViTImageProcessorPil,
     default_data_collator,
 )
+from transformers.utils import logging as transformers_logging
 
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
@@ -919,6 +920,16 @@ def traces_in(content: bytes, key: OwnerKey = KEY, secret: bytes = SECRET) -> li
     return found
 
 
+@pytest.fixture
+def every_log(caplog, monkeypatch):
+    """Logs of all levels of everything that takes part."""
+    caplog.set_level(logging.DEBUG)
+    before = transformers_logging.get_verbosity()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    yield caplog
+    transformers_logging.set_verbosity(before)
+
+
 class TestSecrets:
     def test_the_search_finds_what_it_looks_for(self):
         seed = KEY.stream("identity/ed25519", 32)
@@ -937,11 +948,8 @@ class TestSecrets:
                 assert traces_in(leak)
         assert not traces_in(OTHER.public_key.encode() + bytes(range(256)))
 
-    def test_nothing_of_the_key_is_written_or_shown(self, tmp_path, capfd, caplog):
-        """Files, logs at the lowest level, both streams, warnings, exceptions and their frames."""
-        caplog.set_level(logging.DEBUG)
-        for logger in ("hf_watermark", "transformers", "accelerate"):
-            logging.getLogger(logger).propagate = True
+    def test_nothing_of_the_key_is_written_or_shown(self, tmp_path, capfd, every_log):
+        """Files, logs at the lowest level, both streams, warnings, exceptions."""
         said = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -964,7 +972,8 @@ class TestSecrets:
                 said += [repr(error.value)]
         said += [str(warning.message) for warning in caught]
         out, err = capfd.readouterr()
-        said += [out, err, caplog.text]
+        said += [out, err, every_log.text]
+        assert "Running training" in every_log.text
         assert "watermark_ber" in out
         assert not traces_in("\n".join(said).encode())
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -996,13 +1005,15 @@ SCRIPT = textwrap.dedent(
         return trainer, seen.steps
 
     single = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1}
-    report = {"hinge": {}}
-    for micro, accumulation in ((8, 1), (2, 4)):
-        changes = {"per_device_train_batch_size": micro,
-                   "gradient_accumulation_steps": accumulation}
-        _, steps = run("hinge", vit(), HINGE, **single, **changes)
-        rank = torch.distributed.get_rank()
-        torch.save(steps[0], folder / f"gradients-{accumulation}-{rank}.pt")
+    for scheme in (HINGE, MEAN_BCE):
+        for micro, accumulation, tokens in ((8, 1, True), (2, 4, True), (2, 4, False)):
+            changes = {"per_device_train_batch_size": micro,
+                       "gradient_accumulation_steps": accumulation,
+                       "average_tokens_across_devices": tokens}
+            _, steps = run("loss", vit(), scheme, **single, **changes)
+            rank = torch.distributed.get_rank()
+            name = f"{scheme.statistic}-{accumulation}-{tokens}-{rank}.pt"
+            torch.save(steps[0], folder / name)
     # Every process starts from other weights: DDP hands out those of the first.
     torch.manual_seed(rank)
     model = vit()
@@ -1061,9 +1072,10 @@ class TestTwoProcesses:
             evidence = verify_hub_model(tmp_path / "projection" / folder, KEY)
             assert (evidence.found, evidence.matched) == (True, 32)
         # The same 16 images in one process: the term is neither doubled nor halved.
-        (alone,) = gradients(tmp_path / "alone", HINGE, 16, 1)
-        for accumulation in (1, 4):
-            for rank in (0, 1):
-                together = torch.load(tmp_path / f"gradients-{accumulation}-{rank}.pt")
-                TestGradients().close(alone, together)
+        for scheme in (HINGE, MEAN_BCE):
+            (alone,) = gradients(tmp_path / "alone", scheme, 16, 1)
+            found = sorted(tmp_path.glob(f"{scheme.statistic}-*.pt"))
+            assert len(found) == 6
+            for path in found:
+                TestGradients().close(alone, torch.load(path))
         assert not traces_in((done.stdout + done.stderr).encode())

@@ -18,7 +18,17 @@ import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from test_trainer import KEY, OTHER, SECRET, Images, arguments, resnet, traces_in, vit
+from test_trainer import (
+    KEY,
+    OTHER,
+    SECRET,
+    Images,
+    arguments,
+    every_log,  # noqa: F401
+    resnet,
+    traces_in,
+    vit,
+)
 from threadpoolctl import threadpool_limits
 
 from hf_watermark import OwnerKey, Scheme
@@ -170,6 +180,14 @@ class TestPushing:
     def test_a_model_of_another_family(self, hub, tmp_path):
         pushed(tmp_path / "out", make=resnet)
         assert verify_hub_model(REPO, KEY).matched == 64
+
+    def test_saving_pushes_where_trainer_does(self, hub, tmp_path):
+        trainer = trainer_for(tmp_path / "out", push_to_hub=True)
+        trainer.train()
+        trainer.save_model()
+        assert HfApi().list_repo_commits(REPO)[1].title == "Model save"
+        assert verify_hub_model(REPO, KEY).found
+        assert "revision" in read_card(card_on_hub())
 
     def test_not_blocking(self, hub, tmp_path):
         trainer = trainer_for(tmp_path / "out")
@@ -574,8 +592,7 @@ class TestInterruptedPushes:
 
 
 class TestSecrets:
-    def test_nothing_of_the_key_reaches_the_hub(self, hub, tmp_path, capfd, caplog):
-        caplog.set_level(logging.DEBUG)
+    def test_nothing_of_the_key_reaches_the_hub(self, hub, tmp_path, capfd, every_log):  # noqa: F811
         put_card()
         trainer = trainer_for(
             tmp_path / "out",
@@ -595,7 +612,7 @@ class TestSecrets:
         recipient = KEY.for_recipient("customer-17")
         assert not traces_in(stored, recipient, KEY.stream("recipient/customer-17", 32))
         out, err = capfd.readouterr()
-        assert not traces_in((out + err + caplog.text).encode())
+        assert not traces_in((out + err + every_log.text).encode())
         for path in (tmp_path / "out").rglob("*"):
             if path.is_file():
                 assert not traces_in(path.read_bytes()), path
