@@ -32,6 +32,7 @@ Progress = Callable[[int, int], None]
 _PIECE = 2**18  # weights at a time: what is made of them stays in the cache
 _ROUNDS = 5  # of asking for more where rounding swallowed a part: bfloat16 takes 0 or 1
 _LEAST_SHARE = 0.25  # below it a change is swallowed nearly whole, and what is left says little
+_SMALL, _LARGE = 1e-20, 1e30  # where a sum of squares in float32 loses nothing at its ends
 _ROOM = 2**27  # bytes of Gram matrices that are kept; others are made again for every pass
 
 
@@ -141,7 +142,7 @@ class Sums:
         """Take the rows from `start` on, (rows, M) float32, each row once."""
         with np.errstate(over="ignore", invalid="ignore"):  # `response` tells
             self._y += self._directions.u[start : start + len(w)].T @ w
-            self._squares += float(np.einsum("ij,ij->", w, w, dtype=np.float64))
+            self._squares += square_sum(w)
 
     def response(self) -> Response | None:
         """What the rows taken so far say; None if they are all zero, or beyond float32's range."""
@@ -171,8 +172,20 @@ def rounded(w: Floats, dtype: str) -> tuple[npt.NDArray[np.generic], Floats]:
         return half, half.astype(np.float32)
     # bfloat16 is the upper half of float32: round to nearest, ties to even.
     bits = np.ascontiguousarray(w, np.float32).view(np.uint32)
-    upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return upper.astype("<u2"), (upper << np.uint32(16)).view(np.float32)
+    upper = bits >> np.uint32(16)
+    upper &= np.uint32(1)
+    upper += np.uint32(0x7FFF)
+    upper += bits
+    upper &= np.uint32(0xFFFF0000)
+    return (upper >> np.uint32(16)).astype("<u2"), upper.view(np.float32)
+
+
+def square_sum(w: Floats) -> float:
+    """The sum of squares of contiguous weights, 0 only if all are zero."""
+    total = float(np.vdot(w, w))  # ten times as fast as in float64
+    if _SMALL < total < _LARGE:
+        return total
+    return float(np.einsum("ij,ij->", w, w, dtype=np.float64))
 
 
 class ClosedForm:
@@ -203,6 +216,8 @@ class ClosedForm:
         self._asked = self._wanted * (1.0 + TOLERANCE)
         self.v: Doubles = np.zeros(len(mark.signs))
         self.changes = [0.0] * len(mark.carriers)
+        self._scales: Doubles = np.ones(len(mark.carriers))
+        self._predicted: Doubles = np.zeros(len(mark.signs))
 
     def count(self, done: int) -> None:
         """Tell how many weights are done."""
@@ -336,7 +351,7 @@ class ClosedForm:
                 file.write(stored.data)
                 sums.add(start, changed)
                 w -= changed
-                moved += float(np.einsum("ij,ij->", w, w, dtype=np.float64))
+                moved += square_sum(w)
                 self.count(self._done + w.size)
         return _response(sums, carrier), math.sqrt(moved / carrier.weights) / rms
 

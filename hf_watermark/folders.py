@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from hf_watermark.errors import CheckpointError
-from hf_watermark.hub import download, open_files
+from hf_watermark.hub import open_files
 from hf_watermark.safetensors_ranges import quoted
+from hf_watermark.transfers import download
 
 __all__ = ["appearing", "copy_folder", "free_folder", "holds_weights", "source_folder"]
 
@@ -111,16 +112,24 @@ def copy_folder(folder: Path, target: Path) -> Iterator[str]:
     Raises:
         CheckpointError: If something is no file, or a link leads back.
     """
-    for path in _walk(folder, frozenset(folder.resolve().parents), _SKIPPED):
-        relative = path.relative_to(folder)
-        copy = target / relative
-        if path.is_dir():
-            copy.mkdir()
-            continue
-        mode = stat.S_IMODE(path.stat().st_mode) & 0o777 | 0o600
-        os.close(os.open(copy, os.O_CREAT | os.O_WRONLY, mode))  # the umask applies
-        shutil.copyfile(path, copy)
-        yield relative.as_posix()
+    try:
+        for path in _walk(folder, frozenset(folder.resolve().parents), _SKIPPED):
+            relative = path.relative_to(folder)
+            copy = target / relative
+            if path.is_dir():
+                copy.mkdir()
+                continue
+            mode = stat.S_IMODE(path.stat().st_mode) & 0o777 | 0o600
+            os.close(os.open(copy, os.O_CREAT | os.O_WRONLY, mode))  # the umask applies
+            shutil.copyfile(path, copy)
+            yield relative.as_posix()
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename or ""))
+        if error.filename2 is None and folder in (named, *named.parents):
+            raise CheckpointError(
+                f"{quoted(str(named), 300)} cannot be read", got=error.strerror
+            ) from None
+        raise
 
 
 def holds_weights(path: str) -> bool:

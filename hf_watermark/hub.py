@@ -1,7 +1,7 @@
-"""Repos on the Hub: read at one commit by ranges, asked for their history, committed to.
+"""Repos on the Hub: read at one commit by ranges, asked for their history.
 
 Reading costs a request for the listing and one per range. It imports huggingface_hub's client but
-not its API class, which takes twice as long to import; only committing does.
+not its API class, which takes twice as long to import: `transfers` does.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -24,15 +22,14 @@ from hf_watermark.connection import (
     Patience,
     Target,
     TooLongError,
-    refusal,
 )
-from hf_watermark.errors import AccessDeniedError, CardConflictError, HubError, NetworkGaveUpError
+from hf_watermark.errors import AccessDeniedError, HubError, NetworkGaveUpError
 from hf_watermark.safetensors_ranges import Reader, quoted
 
 if TYPE_CHECKING:
-    import httpx2
+    pass
 
-__all__ = ["Commit", "HubFiles", "commit_files", "download", "first_commit", "open_files"]
+__all__ = ["HubFiles", "bad_repo_id", "first_commit", "open_files", "request_headers"]
 
 _SHA = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _ORG_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -40,21 +37,6 @@ _LISTING_LIMIT = 64 * 2**20
 _COMMITS_PER_PAGE = 1000
 _MAX_PAGES = 50
 _CLAIM_LIMIT = 2**20
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit as the Hub reports it.
-
-    Attributes:
-        oid: Its full sha.
-        url: Its page.
-        pull_request_url: The page of the pull request that holds it, if it was opened as one.
-    """
-
-    oid: str
-    url: str
-    pull_request_url: str | None = None
 
 
 class HubFiles:
@@ -93,10 +75,10 @@ class HubFiles:
         try:
             validate_repo_id(repo_id)
         except HFValidationError:
-            raise _bad_repo_id(repo_id) from None
+            raise bad_repo_id(repo_id) from None
         self.name = repo_id
         self._endpoint = constants.ENDPOINT
-        self._connection = Connection(get_session, _headers(token), patience or Patience())
+        self._connection = Connection(get_session, request_headers(token), patience or Patience())
         self._bytes_read = 0
         self._lock = threading.Lock()
         target = Target(repo_id, revision)
@@ -244,7 +226,7 @@ def open_files(
             )
         return FolderFiles(path)
     if _ORG_NAME.fullmatch(text) is None:
-        raise _bad_repo_id(text)
+        raise bad_repo_id(text)
     return HubFiles(text, revision, token, patience=patience)
 
 
@@ -288,75 +270,7 @@ def first_commit(
     return commits[with_it] if commits else files.revision
 
 
-def commit_files(
-    repo_id: str,
-    contents: Mapping[str, bytes],
-    message: str,
-    *,
-    parent_commit: str | None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | bool | None = None,
-) -> Commit:
-    """Write files in one commit.
-
-    Args:
-        repo_id: ``org/name``.
-        contents: The new bytes by path.
-        message: The commit's title.
-        parent_commit: The full sha that the contents were made for; the commit fails if the branch
-            has moved. None commits on top of anything.
-        revision: The branch; the default branch by default.
-        create_pr: Open a pull request instead.
-        token: See `HubFiles`.
-
-    Raises:
-        CardConflictError: The branch is no longer at ``parent_commit``.
-        AccessDeniedError: The token may not write.
-        HubError: As in `HubFiles`, or the Hub refuses the contents.
-    """
-    import httpx2
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    target = Target(repo_id, revision)
-    operations = [CommitOperationAdd(path, content) for path, content in contents.items()]
-    _headers(token)
-    try:
-        done = HfApi(token=token).create_commit(
-            repo_id,
-            operations,
-            commit_message=message,
-            parent_commit=parent_commit,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    except HfHubHTTPError as error:
-        raise _commit_refusal(error.response, target) from None
-    except (httpx2.HTTPError, ConnectionError) as error:
-        raise NetworkGaveUpError(
-            f"the commit to {target} failed",
-            got=type(error).__name__,
-            do="check the connection, look whether the commit is there, and run it again",
-        ) from None
-    except HFValidationError:
-        raise _bad_repo_id(repo_id) from None
-    except ValueError as error:  # the Hub's check of the card's YAML, or a malformed parent
-        raise HubError(f"the commit to {target} is refused", got=quoted(str(error), 300)) from None
-    return Commit(done.oid, done.commit_url, done.pr_url)
-
-
-def _commit_refusal(response: httpx2.Response, target: Target) -> HubError:
-    if response.status_code in (409, 412):
-        return CardConflictError(
-            f"{target} changed between reading and writing",
-            got=f"HTTP {response.status_code}",
-            do="run it again: it starts from the new commit",
-        )
-    return refusal(response.status_code, response.headers, target)
-
-
-def _headers(token: str | bool | None) -> dict[str, str]:
+def request_headers(token: str | bool | None) -> dict[str, str]:
     """The headers of each request; raise for a token that could not be one.
 
     `build_hf_headers` is not used: it asks the Hub which coding agents there are, before anything
@@ -412,43 +326,10 @@ def _nonsense(target: Target, expected: str) -> NetworkGaveUpError:
     )
 
 
-def _bad_repo_id(repo_id: str) -> HubError:
+def bad_repo_id(repo_id: str) -> HubError:
+    """What to raise for something that is neither a repo id nor a path."""
     return HubError(
         f"{quoted(repo_id, 120)} is neither a repo nor a folder that exists",
         expected="org/name or a path",
         do="check the spelling; a folder may be written with ./ in front",
     )
-
-
-def download(
-    repo_id: str, revision: str | None = None, token: str | bool | None = None
-) -> Path:
-    """Fetch a whole model repo into huggingface_hub's cache, at one commit.
-
-    Args:
-        repo_id: ``org/name``.
-        revision: A branch, tag or sha; the default branch by default.
-        token: See `HubFiles`.
-
-    Returns:
-        The folder of the snapshot; its files are links.
-
-    Raises:
-        HubError: As in `HubFiles`.
-    """
-    import httpx2
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    files = HubFiles(repo_id, revision, token)  # names every refusal in our words
-    target = Target(repo_id, files.revision)
-    try:
-        return Path(snapshot_download(repo_id, revision=files.revision, token=token))
-    except HfHubHTTPError as error:
-        raise refusal(error.response.status_code, error.response.headers, target) from None
-    except (httpx2.HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
-        raise NetworkGaveUpError(
-            f"the download of {target} failed",
-            got=type(error).__name__,
-            do="check the connection, and run it again: what is there is not fetched twice",
-        ) from None

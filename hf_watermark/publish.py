@@ -10,8 +10,9 @@ from hf_watermark.card import updated_card
 from hf_watermark.checkpoint import Files
 from hf_watermark.errors import WatermarkError
 from hf_watermark.evidence import Claim, Evidence
+from hf_watermark.key import OwnerKey
 
-__all__ = ["CARD_FILE", "read_card_text", "write_card", "write_file"]
+__all__ = ["CARD_FILE", "push_folder", "read_card_text", "write_card", "write_file"]
 
 CARD_FILE = "README.md"
 _CARD_LIMIT = 2**20
@@ -64,7 +65,7 @@ def write_card(
         CardConflictError: If the repo changed since the evidence was read.
         WatermarkError: If the card cannot be read or written.
     """
-    from hf_watermark.hub import commit_files
+    from hf_watermark.transfers import commit_files
 
     if files.revision is None:
         _check_folder(files, create_pr)
@@ -105,6 +106,36 @@ def _check_folder(files: Files, create_pr: bool) -> None:
         raise WatermarkError(
             f"{files.name} is a single file and has no card", do="give the folder that holds it"
         )
+
+
+def push_folder(
+    repo: str, folder: Path, key: OwnerKey, claim: Claim, *, token: str | bool | None = None
+) -> str:
+    """Push a marked folder, read the mark back from the Hub, and write that into the card.
+
+    Args:
+        repo: `org/name`; made if it is missing.
+        folder: The marked checkpoint with its public claim.
+        key: The owner's.
+        claim: The owner's copy of the claim.
+        token: One that may write.
+
+    Returns:
+        The page of the commit that holds the card.
+
+    Raises:
+        WatermarkError: If it cannot be pushed, read or written.
+    """
+    from hf_watermark.hub import HubFiles
+    from hf_watermark.transfers import commit_folder
+    from hf_watermark.verify import verify_hub_model
+
+    commit = commit_folder(repo, folder, "Upload marked model", token=token)
+    given = claim if claim.carriers_commitment is not None else None
+    evidence = verify_hub_model(
+        repo, key, claim=given, revision=commit.oid, read="all", token=token
+    )
+    return write_card(HubFiles(repo, commit.oid, token), evidence, claim, token=token)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -164,9 +164,9 @@ class WatermarkTrainer(Trainer):
     ) -> None:
         before = self._card_bytes()
         super()._save(output_dir, state_dict)
-        self._note_draft(before, self._card_bytes())
         if not self.args.should_save:
             return
+        self._note_draft(before, self._card_bytes())
         folder = self._folder if output_dir is None else Path(output_dir)
         try:
             self.claim = self._claim_about(folder)

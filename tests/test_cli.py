@@ -92,6 +92,13 @@ class TestExitStatus:
                 first, second = evidence_of(one), evidence_of(two)
                 assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
+    def test_the_first_commit_is_shown(self, hub, tmp_path):
+        first = HfApi().model_info("demo/vit").sha
+        push("demo/vit", {"notes.md": b"x"})
+        done = run("demo/vit", "--key", tmp_path / "acme.key", hub=hub)
+        assert f"  since     {first}, the first commit" in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 100
+
     def test_on_the_hub(self, hub, tmp_path):
         for key, status in (("acme", 0), ("thief", 1), ("none", 2)):
             done = run("demo/vit", "--key", tmp_path / f"{key}.key", hub=hub)
@@ -178,7 +185,7 @@ class TestHumanOutput:
         assert evidence.log10_p <= shown <= evidence.log10_p + 0.01
         assert "all 7 tries counted" in said
         assert "64 of 64" in said
-        assert "under the name acme" in said
+        assert "signed, under the name acme\n" in said
         assert fc1(0) in said
         assert f"and {LAYERS - 1} more" in said
         assert "Not proven by this alone" in said
@@ -468,6 +475,25 @@ class TestOptions:
             text = page.read_text(encoding="utf-8")
             assert text.startswith("<!doctype html>")
             assert done.stdout.strip() in text.lower()
+
+    def test_progress_for_a_person_who_waits(self, place, tmp_path):
+        # Every block takes a while; the name of the folder is no markup of the bar's.
+        shapes = {f"blocks.{i}.mlp.fc1.weight": (1024, 256) for i in range(4)}
+        save_model(tmp_path / "[/red]", marked_arrays(shapes, None))
+        code = (
+            "import time, hf_watermark.checkpoint as c; real = c.read_rows;"
+            "c.read_rows = lambda *a: time.sleep(.5) or real(*a);"
+            "from hf_watermark.cli import verify_hub_model; verify_hub_model()"
+        )
+        program = [sys.executable, "-c", code]
+        arguments = ["[/red]", "--key", str(place / "acme.key"), "--json"]
+        status, shown = in_a_terminal([*program, *arguments], tmp_path)
+        assert status == 1
+        assert "Reading [/red]" in shown
+        assert "100%" in shown
+        done = run(*arguments, program=program, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert evidence_of(done)["verdict"] == "not found"
 
     def test_a_report_that_cannot_be_written(self, place, tmp_path):
         for path in (tmp_path / "none" / "r.html", tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark import closed_form as module
 from hf_watermark.carriers import Carrier
-from hf_watermark.closed_form import Grams, Mark, Sums, rounded
+from hf_watermark.closed_form import Grams, Mark, Sums, rounded, square_sum
 from hf_watermark.extraction import Extraction
 from hf_watermark.projections import Projection
 
@@ -103,6 +103,12 @@ class TestSums:
         sums = Sums(mark_of().directions(0))
         sums.add(0, np.full((48, 40), value, np.float32))
         assert sums.response() is None
+
+    @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-30, 1e-19, 1e-12, 1.0, 1e14, 1e18, 1e37])
+    def test_square_sum(self, size):
+        w = (np.random.default_rng(0).uniform(0.5, 3.0, (32, 800)) * size).astype(np.float32)
+        expected = float((w.astype(np.float64) ** 2).sum())
+        assert square_sum(w) == pytest.approx(expected, rel=1e-5, abs=0.0)
 
 
 class TestRounded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -221,6 +222,19 @@ class TestWhatChanges:
             embed_checkpoint(source, KEY, tmp_path / out, recipient="x")
         assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
+    @pytest.mark.skipif(importlib.util.find_spec("threadpoolctl") is None, reason="says how many")
+    def test_the_same_bytes_from_any_number_of_threads(self, tmp_path, source):
+        for threads in ("1", "2"):
+            before = f"assert os.environ['OPENBLAS_NUM_THREADS'] == '{threads}'"
+            environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads}
+            done = in_a_process(source, tmp_path / threads, f"import os; {before}", environment)
+            assert done.returncode == 0, done.stderr
+        assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+    def test_without_threadpoolctl(self, tmp_path, source, monkeypatch):
+        monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+        assert embed_checkpoint(source, KEY, tmp_path / "out").log10_p < -100
+
     def test_few_pieces_or_many(self, tmp_path, source, monkeypatch):
         """Blocks change the order of sums, hence the last bits, and nothing else."""
         first = embed_checkpoint(source, KEY, tmp_path / "a")
@@ -419,6 +433,10 @@ class TestSeveralMarks:
         again = embed_checkpoint(tmp_path / "a", KEY, tmp_path / "b", carriers=names)
         assert again.unchanged
         assert (tmp_path / "b" / CLAIM_FILE).read_bytes() == published
+        embed_checkpoint(tmp_path / "b", THIEF, tmp_path / "c")
+        with pytest.raises(CarrierError, match="carriers that its claim keeps secret"):
+            embed_checkpoint(tmp_path / "c", KEY, tmp_path / "d")
+        assert found(tmp_path / "c", claim=owners, read="all") < -50
 
 
 class TestClaimsThatAreThere:
@@ -709,7 +727,9 @@ class TestOutputs:
         assert alone(tmp_path) == set()
 
 
-def in_a_process(source: Path, out: Path, before: str) -> subprocess.CompletedProcess[str]:
+def in_a_process(
+    source: Path, out: Path, before: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys; from hf_watermark import OwnerKey;"
         "from hf_watermark.direct import embed_checkpoint\n"
@@ -718,6 +738,7 @@ def in_a_process(source: Path, out: Path, before: str) -> subprocess.CompletedPr
     )
     return subprocess.run(
         [sys.executable, "-c", code, str(source), str(out)],
+        env=environment,
         capture_output=True,
         text=True,
         timeout=60,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -108,6 +109,22 @@ class TestCopyFolder:
     def test_no_file(self, source, target):
         os.mkfifo(source / "pipe")
         with pytest.raises(CheckpointError, match="expected a file or a folder"):
+            list(copy_folder(source, target))
+
+    def test_what_cannot_be_read(self, source, target, monkeypatch):
+        def refuse(path, copy):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(shutil, "copyfile", refuse)
+        with pytest.raises(CheckpointError, match=r"source/.* cannot be read; got Permission"):
+            list(copy_folder(source, target))
+
+    def test_what_cannot_be_written(self, source, target, monkeypatch):
+        def refuse(path, copy):
+            raise OSError(28, "No space left on device", str(path), None, str(copy))
+
+        monkeypatch.setattr(shutil, "copyfile", refuse)
+        with pytest.raises(OSError, match="No space left"):
             list(copy_folder(source, target))
 
 

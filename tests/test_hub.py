@@ -31,7 +31,8 @@ from hf_watermark.errors import (
     RepoMissingError,
     RevisionMissingError,
 )
-from hf_watermark.hub import HubFiles, commit_files, first_commit, open_files
+from hf_watermark.hub import HubFiles, first_commit, open_files
+from hf_watermark.transfers import commit_files
 
 QUICK = Patience(first_wait=0.01, total=5.0, timeout=2.0)
 WEIGHTS = np.arange(60_000, dtype=np.float32).reshape(1000, 60)
@@ -634,7 +635,7 @@ class TestCommit:
             commit_files("demo/vit", {"a": b"1"}, "Add", parent_commit=None)
         hub.faults.clear()
         hub.faults.add(method="POST", path="/commit/", cut_body=0, times=None)
-        with pytest.raises(NetworkGaveUpError, match="look whether the commit is there"):
+        with pytest.raises(NetworkGaveUpError, match="look what arrived"):
             commit_files("demo/vit", {"a": b"1"}, "Add", parent_commit=None)
 
 

@@ -363,6 +363,14 @@ class TestCommittedAt:
         evidence = verify_hub_model("demo/vit", KEY)
         assert (evidence.found, evidence.committed_at) == (True, None)
 
+    def test_nor_does_the_claim_right_before(self, loopback_hub, tmp_path):
+        loopback_hub.create_repo("demo/vit")
+        own = save_model(tmp_path / "own", vit(), claim_about(vit()))
+        push("demo/vit", {CLAIM_FILE: claim_about(vit(), THIEF).to_bytes()})
+        first = push("demo/vit", own)
+        assert verify_hub_model("demo/vit", KEY).committed_at == first
+        assert verify_hub_model("demo/vit").committed_at == first
+
     def test_a_thiefs_claim_has_no_date_for_the_owner(self, loopback_hub, tmp_path):
         loopback_hub.create_repo("thief/vit")
         stolen = save_model(tmp_path / "stolen", vit(), claim_about(vit(), THIEF))

@@ -1,0 +1,179 @@
+"""`hf-watermark embed`, marks without training, and `hf-watermark trace`, whose copy it is."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from hf_watermark.cli.terminal import (
+    CONTEXT,
+    FOUND,
+    NOT_FOUND,
+    echo_json,
+    format_options,
+    load_key,
+    progress_bar,
+)
+from hf_watermark.errors import SchemeError
+
+if TYPE_CHECKING:
+    from hf_watermark.direct import Embedded
+    from hf_watermark.scan import Trace
+
+__all__ = ["embed", "trace"]
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("source")
+@click.option("--key", "key_file", metavar="FILE", required=True, help="The owner's key file.")
+@click.option("--out", metavar="DIR", help="A new folder for the marked checkpoint.")
+@click.option("--push", metavar="REPO", help="A repo on the Hub to push it to.")
+@click.option("--bits", type=int, default=None, help="Length of the message [default: 64].")
+@click.option("--recipient", metavar="NAME", help="Mark this copy for NAME too.")
+@click.option("--revision", metavar="R", help="Of SOURCE, if it is a repo.")
+@click.option("--token", metavar="T", help="A token for private repos and for --push.")
+@format_options
+def embed(
+    source: str,
+    key_file: str,
+    out: str | None,
+    push: str | None,
+    bits: int | None,
+    recipient: str | None,
+    revision: str | None,
+    token: str | None,
+    form: str,
+) -> int:
+    """Mark a checkpoint on disk, without data and without training.
+
+    SOURCE is a folder, or org/name on the Hub. Only the carriers' bytes change; watermark.json is
+    added. With --push the evidence is read back from the Hub and written into the card.
+
+    \b
+    Example:
+      hf-watermark embed ./vit --key acme.key --out ./vit-marked
+      hf-watermark embed ./vit --key acme.key --recipient customer-17 --push acme/vit-c17
+    """  # noqa: D301
+    from hf_watermark.direct import embed_checkpoint
+    from hf_watermark.scheme import Scheme
+
+    if (out is None) == (push is None):
+        raise SchemeError("Say where to write", expected="either --out DIR or --push REPO")
+    key = load_key(key_file)
+    with tempfile.TemporaryDirectory() as temporary, progress_bar(f"Marking {source}") as progress:
+        folder = Path(temporary) / "marked" if out is None else Path(out)
+        done = embed_checkpoint(
+            source,
+            key,
+            folder,
+            scheme=None if bits is None else Scheme(bits=bits),
+            recipient=recipient,
+            revision=revision,
+            token=token,
+            progress=progress,
+        )
+        where = str(folder)
+        if push is not None:
+            from hf_watermark.publish import push_folder
+
+            where = push_folder(push, folder, key, done.claim, token=token)
+    _tell(done, where, form)
+    return FOUND
+
+
+def _tell(done: Embedded, where: str, form: str) -> None:
+    if form == "json":
+        echo_json(
+            {
+                "output": where,
+                "scheme": done.claim.scheme,
+                "carriers": [claimed.name for claimed in done.claim.carriers],
+                "margin": done.margin,
+                "log10_p": done.log10_p,
+                "largest_change": done.largest_change,
+                "unchanged": done.unchanged,
+            }
+        )
+    elif form == "quiet":
+        click.echo(where)
+    elif done.unchanged:
+        click.echo(f"{where}: this key's mark was there already; no weight was changed.")
+    else:
+        click.echo(
+            f"{where}: marked {len(done.claim.carriers)} tensors; the largest changed by "
+            f"{done.largest_change:.2%} of its size. log10 p of the whole reading is "
+            f"{done.log10_p:.1f}."
+        )
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("repo")
+@click.option("--key", "key_file", metavar="FILE", required=True, help="The owner's key file.")
+@click.option(
+    "--recipients",
+    metavar="FILE",
+    required=True,
+    type=click.File(encoding="utf-8"),
+    help="The names that copies were marked for, one a line.",
+)
+@click.option("--claim", metavar="FILE|REPO", help="The owner's claim.")
+@click.option("--alpha", type=float, default=1e-6, show_default=True, metavar="A")
+@click.option("--revision", metavar="R", help="Branch, tag or commit.")
+@click.option("--token", metavar="T", help="A token for private repos.")
+@format_options
+def trace(
+    repo: str,
+    key_file: str,
+    recipients: TextIO,
+    claim: str | None,
+    alpha: float,
+    revision: str | None,
+    token: str | None,
+    form: str,
+) -> int:
+    """Name the recipient whose copy a model is.
+
+    Exit status: 0 somebody was named, 1 nobody was, 2 could not be checked.
+
+    \b
+    Example:
+      hf-watermark trace thief/vit-copy --key acme.key --recipients customers.txt
+    """  # noqa: D301
+    from hf_watermark.scan import trace as find
+
+    names = [line.strip() for line in recipients if line.strip()]
+    key = load_key(key_file)
+    with progress_bar(f"Tracing {repo}") as progress:
+        done = find(
+            repo,
+            key,
+            names,
+            claim=claim,
+            alpha=alpha,
+            revision=revision,
+            token=token,
+            progress=progress,
+        )
+    if form == "json":
+        echo_json(done.to_dict())
+    elif form == "quiet":
+        click.echo(done.recipient or "")
+    else:
+        click.echo(_named(done, len(names)))
+    return FOUND if done.found else NOT_FOUND
+
+
+def _named(done: Trace, count: int) -> str:
+    from hf_watermark.significance import odds_in_words
+
+    read = f"log10 p {done.log10_p:.1f}, {count} recipients and {done.tries} tries counted"
+    if done.recipient is None:
+        return f"{done.repo}: nobody's copy ({read})."
+    odds = odds_in_words(done.log10_p)
+    return (
+        f"{done.repo}: the copy of {done.recipient}. A chance of {odds} that a copy nobody was "
+        f"handed names anyone so firmly ({read})."
+    )
