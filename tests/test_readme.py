@@ -79,7 +79,7 @@ def acme(loopback_hub, tmp_path, monkeypatch):
         yield thief, loopback_hub.environment(token)
 
 
-def steal(thief, folder):
+def steal(thief):
     """What a thief does: take the weights and the config, leave claim and card."""
     from huggingface_hub import hf_hub_download
 
@@ -103,7 +103,8 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
             ran.append("python")
         elif kind == "bash" and not text.startswith("make "):
             if "thief/" in text:
-                steal(thief, Path.cwd())
+                steal(thief)
+            Path("customers.txt").write_text("".join(f"customer-{i}\n" for i in range(20)))
             for command in text.splitlines():
                 done = subprocess.run(
                     command.split(),
@@ -112,9 +113,11 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
                     text=True,
                 )
                 assert done.returncode == 0, (command, done.stdout, done.stderr)
+                if "trace" in command:
+                    assert "the copy of customer-17" in done.stdout
                 if "--json" in command:
                     assert json.loads(done.stdout)["verdict"] == "found"
                 ran.append(command.split()[0])
     verified = ["verify_hub_model", "verify_hub_model", "python"]
-    assert ran == ["hf-watermark", "python", "python", *verified]
+    assert ran == ["hf-watermark", "python", "python", *verified, *["hf-watermark"] * 3]
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("found -")
