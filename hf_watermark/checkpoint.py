@@ -96,7 +96,7 @@ class FolderFiles:
         self.revision: str | None = None
         self._bytes_read = 0
         self._lock = threading.Lock()
-        given = Path(path).expanduser()
+        given = Path(os.path.expanduser(path))
         size = _file_size(given)
         if size is not None and given.suffix == _SUFFIX:
             self._folder = given.parent

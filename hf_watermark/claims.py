@@ -139,21 +139,30 @@ class FoundClaim:
     Attributes:
         claim: The claim.
         files: The repo or folder it lies in; None if it was given as a file or an object.
+        path: The file that holds it there.
     """
 
     claim: Claim
     files: Files | None
+    path: str = CLAIM_FILE
 
 
 def find_claim(
-    suspect: Files, given: Claim | str | os.PathLike[str] | None, token: str | bool | None
+    suspect: Files,
+    given: Claim | str | os.PathLike[str] | None,
+    token: str | bool | None,
+    fingerprint: str | None = None,
 ) -> FoundClaim | None:
     """The claim that was given, else the suspect's own; its signature is checked.
+
+    A second owner's mark moves the first one's claim to `watermark-FINGERPRINT.json`: that of the
+    key in hand goes before `watermark.json`.
 
     Args:
         suspect: The repo or folder that is verified.
         given: A claim, a file, a folder, a repo id, or None.
         token: For the Hub.
+        fingerprint: Of the key in hand, if there is one.
 
     Raises:
         ClaimError: If it is missing where it was said to be, unreadable, or edited.
@@ -168,7 +177,9 @@ def find_claim(
         from hf_watermark.hub import open_files
 
         files = open_files(given, None, token)
-    if CLAIM_FILE not in files.sizes:
+    moved = f"watermark-{fingerprint}.json"
+    path = moved if moved in files.sizes else CLAIM_FILE
+    if path not in files.sizes:
         if given is None:
             return None
         raise ClaimError(
@@ -177,9 +188,9 @@ def find_claim(
             got=f"{len(files.sizes)} other files",
             do="pass the owner's copy of the claim with --claim",
         )
-    claim = Claim.from_bytes(files.read(CLAIM_FILE, CLAIM_LIMIT), files.name)
+    claim = Claim.from_bytes(files.read(path, CLAIM_LIMIT), files.name)
     claim.check(files.name)
-    return FoundClaim(claim, files)
+    return FoundClaim(claim, files, path)
 
 
 def _read_file(path: Path) -> Claim:

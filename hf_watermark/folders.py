@@ -35,7 +35,7 @@ def source_folder(
     files = open_files(source, revision, token)
     if files.revision is not None:
         return download(files.name, files.revision, token)
-    folder = Path(files.name).expanduser()
+    folder = Path(os.path.expanduser(files.name))
     if not folder.is_dir():
         raise CheckpointError(
             f"{quoted(files.name, 300)} is a file", expected="the folder of the checkpoint"

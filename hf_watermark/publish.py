@@ -79,7 +79,7 @@ def write_card(
     old = read_card_text(files)
     new = updated_card(old, evidence, None if claim is None else claim.public)
     if files.revision is None:
-        path = Path(files.name).expanduser() / CARD_FILE
+        path = Path(os.path.expanduser(files.name)) / CARD_FILE
         write_file(path, new.encode())
         return str(path)
     if new == old:
@@ -102,7 +102,7 @@ def _check_folder(files: Files, create_pr: bool) -> None:
             f"{files.name} is a local folder and has no pull requests",
             do="write its card with --write-card, or give org/name",
         )
-    if not Path(files.name).expanduser().is_dir():
+    if not os.path.isdir(os.path.expanduser(files.name)):
         raise WatermarkError(
             f"{files.name} is a single file and has no card", do="give the folder that holds it"
         )

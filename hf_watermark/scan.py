@@ -114,7 +114,7 @@ def trace(
     if not recipients or len(set(recipients)) != len(recipients):
         raise SchemeError("Recipients must be named, each once", got=f"{len(recipients)} names")
     files = open_files(repo, revision, token)
-    found = find_claim(files, claim, token)
+    found = find_claim(files, claim, token, key.fingerprint)
     checkpoint = Checkpoint.open(files)
     scheme, carriers = what_to_read(checkpoint, found, key, given=claim is not None)
     plan = Plan.make(carriers, checkpoint.shapes(), progressive=False)

@@ -118,7 +118,7 @@ def verify(
     started = time.perf_counter()
     _check_options(key, alpha, align, read)
     files = open_files(repo, revision, token)
-    found = find_claim(files, claim, token)
+    found = find_claim(files, claim, token, None if key is None else key.fingerprint)
     checkpoint = Checkpoint.open(files)
     common: dict[str, Any] = {"repo": files.name, "revision": files.revision, "alpha": alpha}
     others = found.files if found is not None else None
@@ -212,7 +212,7 @@ def _committed_at(found: FoundClaim | None) -> str | None:
         return (claim.public_key, claim.commitment) == identity
 
     assert isinstance(found.files, HubFiles)  # a folder has no revision
-    return first_commit(found.files, CLAIM_FILE, is_theirs)
+    return first_commit(found.files, found.path, is_theirs)
 
 
 def _read(

@@ -814,3 +814,25 @@ class TestSchemeFor:
         embedded = embed_checkpoint(source, KEY, tmp_path / "out")
         carriers = carriers_of(vit(None))
         assert tuple(claimed.carrier for claimed in embedded.claim.carriers) == carriers
+
+
+def test_the_first_owners_moved_claim_says_what_to_read(tmp_path):
+    """Its scheme is not the default, so without its claim the first mark would not be found."""
+    from hf_watermark import OwnerKey
+    from hf_watermark.verify import verify_hub_model
+
+    generator = torch.Generator().manual_seed(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {
+        f"encoder.layer.{i}.dense.weight": torch.randn(256, 128, generator=generator)
+        for i in range(3)
+    }
+    save_file(tensors, source / "model.safetensors")
+    first, second = OwnerKey(bytes([1]) * 32, "first"), OwnerKey(bytes([2]) * 32, "second")
+    embed_checkpoint(source, first, tmp_path / "one", scheme=Scheme(bits=128))
+    done = embed_checkpoint(tmp_path / "one", second, tmp_path / "two")
+    assert done.kept_claim == f"watermark-{first.fingerprint}.json"
+    for key, bits in ((first, 128), (second, 64)):
+        evidence = verify_hub_model(tmp_path / "two", key)
+        assert (evidence.verdict, evidence.bits, evidence.matched) == ("found", bits, bits)

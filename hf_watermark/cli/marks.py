@@ -80,6 +80,11 @@ def embed(
             from hf_watermark.publish import push_folder
 
             where = push_folder(push, folder, key, done.claim, token=token)
+    if done.kept_claim is not None:
+        click.echo(f"Another owner's claim was kept as {done.kept_claim}.", err=True)
+    if done.unmarked:
+        listed = ", ".join(done.unmarked[:5])
+        click.echo(f"warning: these may hold the weights too, unmarked: {listed}", err=True)
     _tell(done, where, form)
     return FOUND
 
