@@ -19,7 +19,7 @@ from hf_watermark.carriers import Carrier
 from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.errors import CarrierError
 from hf_watermark.key import OwnerKey
-from hf_watermark.margins import TOLERANCE, growth, lift, responses_after
+from hf_watermark.margins import TOLERANCE, Grams, growth, lift, responses_after
 from hf_watermark.projections import Doubles, Floats, Projection
 from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
@@ -33,7 +33,6 @@ _PIECE = 2**18  # weights at a time: what is made of them stays in the cache
 _ROUNDS = 5  # of asking for more where rounding swallowed a part: bfloat16 takes 0 or 1
 _LEAST_SHARE = 0.25  # below it a change is swallowed nearly whole, and what is left says little
 _SMALL, _LARGE = 1e-20, 1e30  # where a sum of squares in float32 loses nothing at its ends
-_ROOM = 2**27  # bytes of Gram matrices that are kept; others are made again for every pass
 
 
 @dataclass(frozen=True)
@@ -109,24 +108,6 @@ class Directions:
     def scaled(self, v: Doubles, rms: float) -> Floats:
         """U' of the change U' X that the coefficients v make of a carrier of this rms."""
         return self.u * (v * (rms / math.sqrt(len(self.u)))).astype(np.float32)
-
-
-class Grams:
-    """The Gram matrices of all carriers, as many of them kept as there is room for."""
-
-    def __init__(self, mark: Mark) -> None:
-        self._mark = mark
-        self._kept: dict[int, Doubles] = {}
-        self._most = _ROOM // (8 * len(mark.signs) ** 2)
-
-    def add(self, carrier: int, directions: Directions) -> None:
-        """Keep a carrier's while its directions are at hand, if there is room."""
-        if len(self._kept) < self._most:
-            self._kept[carrier] = directions.gram()
-
-    def __iter__(self) -> Iterator[Doubles]:
-        for i in range(len(self._mark.carriers)):
-            yield self._kept[i] if i in self._kept else self._mark.directions(i).gram()
 
 
 class Sums:
@@ -208,7 +189,9 @@ class ClosedForm:
         self._checkpoint, self._mark, self._progress = checkpoint, mark, progress
         self._done = 0
         self.planned = 2 * sum(carrier.weights for carrier in mark.carriers)
-        self._grams = Grams(mark)
+        self._grams = Grams(
+            len(mark.carriers), len(mark.signs), lambda i: mark.directions(i).gram()
+        )
         self._before: list[Response] = []
         self._after: list[Response] = []
         self._wanted = np.full(len(mark.signs), mark.margin)
@@ -247,7 +230,7 @@ class ClosedForm:
                 sums.add(start, w)
                 self.count(self._done + w.size)
             self._before.append(_response(sums, carrier))
-            self._grams.add(i, directions)
+            self._grams.keep(i, directions.gram)
         self._after = list(self._before)
 
     def solve(self) -> None:

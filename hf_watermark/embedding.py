@@ -11,9 +11,10 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +24,21 @@ from hf_watermark.carriers import (
     choose_carriers,
     named_carriers,
 )
-from hf_watermark.errors import AttachError, CarrierError, ShardedParameterError
+from hf_watermark.errors import AttachError, CarrierError
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.key import OwnerKey
-from hf_watermark.margins import TOLERANCE, least_change
+from hf_watermark.margins import TOLERANCE, Grams, growth, least_change, lift
+from hf_watermark.parts import (
+    Part,
+    agreed,
+    part_of,
+    put_back_shards,
+    refuse_unknown_shards,
+    sum_of_parts,
+)
 from hf_watermark.projections import Doubles, Projection
 from hf_watermark.scheme import Scheme
+from hf_watermark.wrappers import plain_parameters, unwrapped, unwrapped_parameters
 
 __all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
 
@@ -36,8 +46,7 @@ __all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, WatermarkLoss]]
 _ATTACHED = weakref.WeakKeyDictionary()
 
-_PASSES = 4  # rescaling to the old norm moves responses by d^2 / 2: two passes nearly always do
-_FSDP = ("FSDPModule", "FullyShardedDataParallel")
+_PASSES = 8  # rounding to half precision moves responses a little: two passes nearly always do
 
 
 @dataclass(frozen=True)
@@ -53,23 +62,6 @@ class Measurement:
     ber: float
     margin: float
     log10_p: float
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The plain model inside DDP, DataParallel and torch.compile."""
-    while isinstance(getattr(model, "_orig_mod", None), nn.Module) or isinstance(
-        model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    ):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    return model
-
-
-def unwrapped_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names in the plain model, whatever wraps it (DDP, torch.compile)."""
-    return {
-        name.replace("_orig_mod.", ""): parameter
-        for name, parameter in _unwrapped(model).named_parameters()
-    }
 
 
 class WatermarkLoss:
@@ -90,17 +82,21 @@ class WatermarkLoss:
     2017, section 3 (summed over bits), and `step` does nothing. In evaluation mode neither does
     anything.
 
+    Under FSDP2 every process makes one, and calls the same methods at the same time: responses are
+    summed over the shards, and every process changes its own.
+
     Args:
-        model: Any module; DDP and torch.compile wrappers are seen through.
+        model: Any module; DDP, torch.compile and peft wrappers are seen through.
         key: The owner's key, or a recipient's.
         scheme: None takes `Scheme()`.
-        carriers: Names of the parameters that carry the mark; None chooses (`choose_carriers`).
+        carriers: Names of the parameters that carry the mark; None chooses (`choose_carriers`), and
+            of those chosen the frozen ones stay as they are, while the others carry their share.
         every: How many calls of `step` share one projection.
 
     Raises:
         ModelTooSmallError: If the carriers cannot hold the scheme's bits.
         CarrierError: If a carrier is missing, frozen or not floating point.
-        ShardedParameterError: If a carrier is sharded.
+        ShardedParameterError: If the model is sharded by FSDP1 or ZeRO-3.
         AttachError: If this key is attached to this module already.
     """
 
@@ -122,33 +118,35 @@ class WatermarkLoss:
         self.scheme = Scheme() if scheme is None else scheme
         self.every = every
         self.steps = 0
-        _refuse_fsdp(model)
-        parameters = unwrapped_parameters(model)
-        for name, parameter in parameters.items():
-            _refuse_shards(name, parameter)
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        refuse_unknown_shards(model)
+        put_back_shards(model)
+        plain = plain_parameters(model)
+        named = plain if carriers is None else {**unwrapped_parameters(model), **plain}
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self.secret_carriers = carriers is not None
         self.carriers: tuple[Carrier, ...] = (
             choose_carriers(shapes) if carriers is None else named_carriers(shapes, carriers)
         )
         check_capacity(self.carriers, self.scheme)
         for carrier in self.carriers:
-            _refuse_unusable(carrier, parameters[carrier.name])
+            _refuse_unusable(carrier, named[carrier.name])
+        trainable = [carrier for carrier in self.carriers if named[carrier.name].requires_grad]
+        if len(trainable) < len(self.carriers):
+            _refuse_frozen(self.carriers, trainable, self.scheme, chosen=carriers is None)
         self.projection = Projection(key, self.scheme, self.carriers)
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._gram: Doubles | None = None
+        self._grams = Grams(len(self.carriers), self.scheme.bits, partial(_gram, self.projection))
         self._attached = False
         self.attach()
 
     @property
-    def _parameters(self) -> list[nn.Parameter]:
+    def _parts(self) -> list[Part]:
         """The carriers, looked up anew: sharding and converting put others in their place."""
-        parameters = unwrapped_parameters(self.model)
+        refuse_unknown_shards(self.model)
+        parameters = {**unwrapped_parameters(self.model), **plain_parameters(self.model)}
         found = []
         for carrier in self.carriers:
             parameter = parameters.get(carrier.name)
-            if parameter is not None:
-                _refuse_shards(carrier.name, parameter)
             if parameter is None or tuple(parameter.shape) != carrier.shape:
                 raise AttachError(
                     f"The model has changed since {carrier.name[:120]!r} became a carrier",
@@ -156,7 +154,7 @@ class WatermarkLoss:
                     got="none" if parameter is None else f"{list(parameter.shape)}",
                     do="attach after everything that wraps or changes the model",
                 )
-            found.append(parameter)
+            found.append(part_of(carrier, parameter))
         return found
 
     def attach(self) -> None:
@@ -166,7 +164,7 @@ class WatermarkLoss:
             AttachError: If this key is attached to this module already.
         """
         # By the plain model: a wrapper around it trains the same parameters.
-        keys = _ATTACHED.setdefault(_unwrapped(self.model), weakref.WeakValueDictionary())
+        keys = _ATTACHED.setdefault(unwrapped(self.model), weakref.WeakValueDictionary())
         if self.key.fingerprint in keys:
             raise AttachError(
                 f"The key {self.key.fingerprint} is attached to this model already",
@@ -178,7 +176,7 @@ class WatermarkLoss:
     def release(self) -> None:
         """Stop marking without touching the weights; nothing happens if it has stopped already."""
         if self._attached:
-            _ATTACHED[_unwrapped(self.model)].pop(self.key.fingerprint, None)
+            _ATTACHED[unwrapped(self.model)].pop(self.key.fingerprint, None)
         self._cache.clear()
         self._attached = False
 
@@ -202,12 +200,13 @@ class WatermarkLoss:
         `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is
         in natural sigmas, except for `mean` with `bce`: the paper's own z = X w on raw weights.
         """
-        device = self.weights()[0].device
+        parts = self._parts
+        device = parts[0].device
         signs = torch.as_tensor(self.projection.message_signs, dtype=torch.float32, device=device)
         # Autocast would round the responses to 8 bits of mantissa.
         with torch.autocast(device_type=device.type, enabled=False):
             raw_bce = self.scheme.statistic == "mean" and self.scheme.embedding == "bce"
-            agreement = signs * self.responses(natural=not raw_bce)
+            agreement = signs * self._responses(parts, natural=not raw_bce)
             if self.scheme.embedding == "bce":
                 total = nn.functional.softplus(-agreement).sum()
             else:
@@ -222,23 +221,49 @@ class WatermarkLoss:
         Args:
             natural: In natural sigmas; otherwise raw, which differs only for `mean`.
         """
-        parameters = self._parameters
-        device = parameters[0].device
+        return self._responses(self._parts, natural=natural)
+
+    def _responses(self, parts: Sequence[Part], *, natural: bool) -> Tensor:
+        if self.scheme.statistic == "spread":
+            return self._spread(parts)[0].sum(dim=0)
+        means = self._means(parts)
+        device = means[0].device
         z = torch.zeros(self.scheme.bits, device=device)
-        means = []
-        for i, (carrier, parameter) in enumerate(zip(self.carriers, parameters, strict=True)):
-            w = parameter.reshape(carrier.rows, carrier.columns).float()
-            u, x = self._tensors(i, parameter.device)
-            if self.scheme.statistic == "mean":
-                means.append(w.mean(dim=0))
-                z = z + (x @ means[-1]).to(device)
-                continue
-            norm = _not_zero(w.square().mean()).sqrt() * math.sqrt(carrier.rows)
-            z = z + ((x * (u.T @ w)).sum(dim=1) / norm).to(device)
-        if means and natural:
+        for i, mean in enumerate(means):
+            z = z + (self._tensors(i, mean.device)[1] @ mean).to(device)
+        if natural:
             square = torch.cat([mean.to(device) for mean in means]).square().mean()
             z = z / _not_zero(self.projection.taps * square).sqrt()
         return z
+
+    def _spread(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Responses of every carrier alone, (n, T), and its root mean square, (n,)."""
+        sums = []
+        for i, part in enumerate(parts):
+            w = part.matrix()
+            u, x = self._tensors(i, part.device)
+            raw = (x[:, part.columns] * (u[part.rows].T @ w)).sum(dim=1)
+            sums.append(torch.cat([raw, w.square().sum().reshape(1)]))
+        device = parts[0].device
+        totals = torch.stack([total.to(device) for total in sum_of_parts(parts, sums)])
+        sizes, rows = (
+            torch.tensor([getattr(c, of) for c in self.carriers], device=device, dtype=totals.dtype)
+            for of in ("weights", "rows")
+        )
+        rms = _root(totals[:, -1] / sizes)
+        return totals[:, :-1] / (_not_zero(rms) * rows.sqrt())[:, None], rms
+
+    def _means(self, parts: Sequence[Part]) -> list[Tensor]:
+        """W of the paper, the mean over output rows, of every carrier, (M_i,)."""
+        sums = []
+        for part in parts:
+            columns = torch.zeros(part.carrier.columns, device=part.device)
+            columns[part.columns] = part.matrix().sum(dim=0)
+            sums.append(columns)
+        return [
+            total / part.carrier.rows
+            for part, total in zip(parts, sum_of_parts(parts, sums), strict=True)
+        ]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -261,70 +286,76 @@ class WatermarkLoss:
 
         W_i += sum_t a_t s_t u_it x_it^T rms(W_i) / sqrt(out_i) with the least a >= 0 that reaches
         the margins, then back to the norm that W_i had: a test of weight norms sees nothing. For
-        `mean` it is the mean over the rows that keeps its norm.
+        `mean` it is the mean over the rows that keeps its norm. Frozen carriers are left alone.
         """
         if self.scheme.embedding != "projection":
             return
-        margin, signs = self.projection.margin, self.projection.message_signs
+        put_back_shards(self.model)
+        parts = self._parts
+        free = np.array([part.parameter.requires_grad for part in parts])
+        change = self._change_spread if self.scheme.statistic == "spread" else self._change_mean
         for _ in range(_PASSES):
-            z = self.responses().double().cpu().numpy()
-            deficit = margin - signs * z
-            if not np.isfinite(z).all() or float(deficit.max()) <= TOLERANCE * margin:
+            if not change(parts, free):
                 return
-            gram = self._signed_gram()
-            self._change(least_change(deficit, gram) * signs)
 
-    def _change(self, v: Doubles) -> None:
-        if self.scheme.statistic == "mean":
-            self._change_mean(v)
-            return
-        for i, (carrier, parameter) in enumerate(zip(self.carriers, self._parameters, strict=True)):
-            u, x = self._tensors(i, parameter.device)
-            w = parameter.detach().reshape(carrier.rows, carrier.columns).float()
-            before = w.norm()
-            size = before / math.sqrt(w.numel()) / math.sqrt(carrier.rows)
-            coefficients = torch.as_tensor(v, dtype=torch.float32, device=w.device)
-            w = torch.addmm(w, u * (coefficients * size), x)
-            w *= before / _not_zero(w.norm())
-            parameter.copy_(w.reshape(parameter.shape))
+    def _change_spread(self, parts: Sequence[Part], free: npt.NDArray[np.bool_]) -> bool:
+        """One change of the carriers, if any is needed."""
+        responses, sizes = self._spread(parts)
+        z, rms = responses.double().cpu().numpy(), sizes.double().cpu().numpy()
+        if not np.isfinite(z).all():
+            return False
+        # Zeros have no size to be changed by.
+        grams = self._grams.masked(free & (rms > 0.0))
+        weights = np.array([float(carrier.weights) for carrier in self.carriers])
+        signs = self.projection.message_signs
+        margins = np.full(self.scheme.bits, self.projection.margin)
+        coefficients = torch.as_tensor(lift(z, grams, weights, signs, margins), dtype=torch.float32)
+        coefficients = agreed(parts, coefficients)
+        v = coefficients.double().numpy()
+        if not v.any():
+            return False
+        ratios = growth(v, z, grams, weights)
+        for i, part in enumerate(parts):
+            if not free[i] or not rms[i] > 0.0:
+                continue
+            u, x = self._tensors(i, part.device)
+            size = float(rms[i]) / math.sqrt(part.carrier.rows)
+            scaled = u[part.rows] * (coefficients * size).to(part.device)
+            part.write(torch.addmm(part.matrix(), scaled, x[:, part.columns]) / float(ratios[i]))
+        return True
 
-    def _change_mean(self, v: Doubles) -> None:
+    def _change_mean(self, parts: Sequence[Part], free: npt.NDArray[np.bool_]) -> bool:
         """Moving every row by the same vector moves the mean by it: the least change that does.
 
         z does not depend on the norm of the mean, so that is put back: else margins that nothing
         can reach (more bits or higher than columns allow) would make the weights grow at each call.
         """
-        weights = [
-            parameter.detach().reshape(carrier.rows, carrier.columns).float()
-            for carrier, parameter in zip(self.carriers, self._parameters, strict=True)
-        ]
-        means = [w.mean(dim=0) for w in weights]
-        before = torch.cat([mean.cpu() for mean in means])
-        scale = float((self.projection.taps * before.square().mean()).sqrt())
-        moved = []
-        for i, mean in enumerate(means):
-            _, x = self._tensors(i, mean.device)
-            coefficients = torch.as_tensor(v * scale, dtype=torch.float32, device=mean.device)
-            moved.append(mean + coefficients @ x)
-        back = float(before.norm() / _not_zero(torch.cat([mean.cpu() for mean in moved]).norm()))
-        for w, old, new, parameter in zip(weights, means, moved, self._parameters, strict=True):
-            parameter.copy_((w + (new * back - old)).reshape(parameter.shape))
-
-    def _signed_gram(self) -> Doubles:
-        """(s s^T) o G, G the inner products of the bits' directions, (T, T) float64."""
-        if self._gram is None:
-            bits = self.scheme.bits
-            gram = np.zeros((bits, bits))
-            for i in range(len(self.carriers)):
-                x = self.projection.x(i).astype(np.float64)
-                inner = x @ x.T
-                if self.scheme.statistic == "spread":
-                    u = self.projection.row_signs(i).astype(np.float32)
-                    inner *= (u.T @ u) / len(u)
-                gram += inner
-            signs = self.projection.message_signs
-            self._gram = gram * np.outer(signs, signs)
-        return self._gram
+        margin, signs = self.projection.margin, self.projection.message_signs
+        means = self._means(parts)
+        z = self._responses(parts, natural=True).double().cpu().numpy()
+        deficit = margin - signs * z
+        if not np.isfinite(z).all() or float(deficit.max()) <= TOLERANCE * margin:
+            deficit = np.zeros_like(deficit)
+        total = np.zeros((self.scheme.bits, self.scheme.bits))
+        for gram in self._grams.masked(free):
+            total += gram
+        v = signs * least_change(deficit, total * np.outer(signs, signs))
+        coefficients = agreed(parts, torch.as_tensor(v, dtype=torch.float32))
+        if not bool(coefficients.any()):
+            return False
+        square = torch.cat([mean.cpu() for mean in means]).square().mean()
+        step = coefficients * (self.projection.taps * square).sqrt()
+        moved = {
+            i: mean + step.to(mean.device) @ self._tensors(i, mean.device)[1]
+            for i, mean in enumerate(means)
+            if free[i]
+        }
+        before = torch.cat([means[i].cpu() for i in moved]).norm()
+        back = float(before / _not_zero(torch.cat([mean.cpu() for mean in moved.values()]).norm()))
+        for i, mean in moved.items():
+            change = (mean * back - means[i])[parts[i].columns]
+            parts[i].write(parts[i].matrix() + change)
+        return True
 
     def _tensors(self, carrier: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """U (out_i, T) and X (T, M_i) of one carrier as float32 on the device, made once."""
@@ -337,6 +368,7 @@ class WatermarkLoss:
     @torch.no_grad()
     def measure(self) -> Measurement:
         """BER, smallest margin and log10 p as they stand now; NaN if a carrier is not finite."""
+        put_back_shards(self.model)
         agreement = self.projection.message_signs * self.responses().double().cpu().numpy()
         if not np.isfinite(agreement).all():
             return Measurement(math.nan, math.nan, math.nan)
@@ -356,8 +388,9 @@ class WatermarkLoss:
         return extraction.reading()
 
     def weights(self) -> list[Tensor]:
-        """The carriers' current values, detached, in order."""
-        return [parameter.detach() for parameter in self._parameters]
+        """The carriers' current values, detached, in order; gathered where they are sharded."""
+        put_back_shards(self.model)
+        return [part.whole() for part in self._parts]
 
     def detach(self) -> None:
         """One last projection, then let go of the model: nothing is left on it.
@@ -396,29 +429,19 @@ def _not_zero(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0.0, torch.ones_like(divisor), divisor)
 
 
-def _refuse_fsdp(model: nn.Module) -> None:
-    """Between forward and backward FSDP shows whole parameters, which it then throws away."""
-    for name, module in model.named_modules():
-        if any(kind.__name__ in _FSDP for kind in type(module).__mro__):
-            raise _sharded(f"The module {name[:120]!r}" if name else "The model")
+def _gram(projection: Projection, carrier: int) -> Doubles:
+    """Inner products of the bits' directions in one carrier, (T, T) float64."""
+    x = projection.x(carrier).astype(np.float64)
+    inner: Doubles = x @ x.T
+    if projection.scheme.statistic == "spread":
+        u = projection.row_signs(carrier).astype(np.float32)
+        inner *= (u.T @ u) / len(u)
+    return inner
 
 
-def _refuse_shards(name: str, parameter: Any) -> None:
-    placeholder = parameter.numel() == 0 and hasattr(parameter, "ds_id")
-    if (
-        placeholder
-        or type(parameter.data).__name__ == "DTensor"
-        or hasattr(parameter, "_local_tensor")
-    ):
-        raise _sharded(f"The parameter {name[:120]!r}")
-
-
-def _sharded(what: str) -> ShardedParameterError:
-    return ShardedParameterError(
-        f"{what} is sharded (FSDP, tensor parallel or ZeRO-3)",
-        expected="whole parameters on every process: one process, DDP, or ZeRO-1/2",
-        do="train without sharding, or embed into the saved checkpoint afterwards",
-    )
+def _root(squares: Tensor) -> Tensor:
+    """The square root, without the infinite slope at 0."""
+    return torch.where(squares == 0.0, squares, _not_zero(squares).sqrt())
 
 
 def _refuse_unusable(carrier: Carrier, parameter: nn.Parameter) -> None:
@@ -429,15 +452,26 @@ def _refuse_unusable(carrier: Carrier, parameter: nn.Parameter) -> None:
             got=str(parameter.dtype),
             do="name other carriers",
         )
-    if not parameter.requires_grad:
-        raise CarrierError(
-            f"The carrier {carrier.name[:120]!r} is frozen",
-            expected="a parameter with requires_grad=True",
-            do="unfreeze it, or name carriers that train",
-        )
     if parameter.is_meta:
         raise CarrierError(
             f"The carrier {carrier.name[:120]!r} has no weights yet",
             expected="a model that is initialised or loaded",
             got="a parameter on the meta device",
         )
+
+
+def _refuse_frozen(
+    carriers: Sequence[Carrier], trainable: Sequence[Carrier], scheme: Scheme, *, chosen: bool
+) -> None:
+    frozen = next(carrier for carrier in carriers if carrier not in trainable)
+    enough = trainable and sum(c.weights for c in trainable) >= scheme.bits
+    if chosen and enough:
+        check_capacity(trainable, scheme)
+        return
+    raise CarrierError(
+        f"The carrier {frozen.name[:120]!r} is frozen",
+        expected="a parameter with requires_grad=True",
+        got=f"{len(trainable)} of {len(carriers)} carriers that train",
+        do="unfreeze it, name carriers that train (with peft: list them in modules_to_save), or "
+        "mark the saved and merged checkpoint with embed_checkpoint",
+    )

@@ -8,18 +8,67 @@ themselves are read once before and written once after.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hf_watermark.projections import Doubles
 
-__all__ = ["TOLERANCE", "growth", "least_change", "lift", "responses_after"]
+__all__ = ["TOLERANCE", "Grams", "growth", "least_change", "lift", "responses_after"]
 
 TOLERANCE = 1e-3  # of the margin: what counts as reached
 _PASSES = 20  # 2 or 3 are usual
 _STEPS = 2000  # of the projected gradient; as many bits as directions can bear take hundreds
+_ROOM = 2**27  # bytes of Gram matrices that are kept; others are made again for every pass
 _LARGEST = 5.0  # growth that is taken seriously: beyond it 98% of a carrier are mark
+
+
+class Grams:
+    """The inner products of the bits' directions in every carrier, each (T, T) float64.
+
+    Args:
+        count: n, the number of carriers.
+        bits: T.
+        make: Makes those of one carrier. As many are kept as there is room for.
+    """
+
+    def __init__(self, count: int, bits: int, make: Callable[[int], Doubles]) -> None:
+        self._count, self.bits, self._make = count, bits, make
+        self._kept: dict[int, Doubles] = {}
+
+    def keep(self, carrier: int, make: Callable[[], Doubles]) -> None:
+        """Make one carrier's now, if there is room, from what is at hand."""
+        if len(self._kept) < _ROOM // (8 * self.bits**2):
+            self._kept[carrier] = make()
+
+    def masked(self, free: npt.NDArray[np.bool_]) -> Masked:
+        """The same with zeros for the carriers that are not to be changed, (n,)."""
+        return Masked(self, free)
+
+    def of(self, carrier: int) -> Doubles:
+        """One carrier's."""
+        if carrier not in self._kept:
+            made = self._make(carrier)
+            self.keep(carrier, lambda: made)
+            return made
+        return self._kept[carrier]
+
+    def __iter__(self) -> Iterator[Doubles]:
+        return (self.of(i) for i in range(self._count))
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Gram matrices of which some count as zero."""
+
+    grams: Grams
+    free: npt.NDArray[np.bool_]
+
+    def __iter__(self) -> Iterator[Doubles]:
+        nothing: Doubles = np.zeros((self.grams.bits, self.grams.bits))
+        return (self.grams.of(i) if free else nothing for i, free in enumerate(self.free))
 
 
 def least_change(deficit: Doubles, gram: Doubles) -> Doubles:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,7 +140,8 @@ class WatermarkTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mark's BER, smallest margin and log10 p beside the training loss."""
-        if "loss" in logs and self.is_world_process_zero():
+        if "loss" in logs:
+            # In every process: where carriers are sharded, reading them takes all.
             now = self.watermark.measure()
             logs["watermark_ber"] = now.ber
             logs["watermark_margin"] = now.margin
@@ -169,7 +170,7 @@ class WatermarkTrainer(Trainer):
         self._note_draft(before, self._card_bytes())
         folder = self._folder if output_dir is None else Path(output_dir)
         try:
-            self.claim = self._claim_about(folder)
+            self.claim = self._claim_about(folder, state_dict or {})
         except WatermarkError as error:
             # A model without its claim can be claimed later; a training run cannot be repeated.
             self.claim = None
@@ -178,18 +179,16 @@ class WatermarkTrainer(Trainer):
             return
         write_file(folder / CLAIM_FILE, self.claim.public.to_bytes())
 
-    def _claim_about(self, folder: Path) -> Claim:
+    def _claim_about(self, folder: Path, gathered: Mapping[str, Any]) -> Claim:
+        carriers = self.watermark.carriers
+        # Sharded weights come gathered, and only here: the other processes are not asked again.
+        if all(carrier.name in gathered for carrier in carriers):
+            weights = [gathered[carrier.name] for carrier in carriers]
+        else:
+            weights = self.watermark.weights()
         checkpoint = Checkpoint.open(FolderFiles(folder))
-        names = locate_carriers(
-            checkpoint,
-            self.watermark.carriers,
-            [
-                _first_rows(carrier, weight)
-                for carrier, weight in zip(
-                    self.watermark.carriers, self.watermark.weights(), strict=True
-                )
-            ],
-        )
+        rows = [_first_rows(carrier, w) for carrier, w in zip(carriers, weights, strict=True)]
+        names = locate_carriers(checkpoint, carriers, rows)
         return make_claim(
             checkpoint,
             self._watermark_key,
@@ -363,5 +362,5 @@ class _Marking(TrainerCallback):
 
 
 def _first_rows(carrier: Carrier, weight: Tensor) -> Any:
-    rows = weight[:_ROWS_TO_COMPARE].reshape(-1, carrier.columns)
+    rows = weight[:_ROWS_TO_COMPARE].detach().reshape(-1, carrier.columns)
     return rows.to(torch.float32).cpu().numpy()

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_watermark import OwnerKey, Scheme
-from hf_watermark import closed_form as module
+from hf_watermark import OwnerKey, Scheme, margins
 from hf_watermark.carriers import Carrier
-from hf_watermark.closed_form import Grams, Mark, Sums, rounded, square_sum
+from hf_watermark.closed_form import Mark, Sums, rounded, square_sum
 from hf_watermark.extraction import Extraction
+from hf_watermark.margins import Grams
 from hf_watermark.projections import Projection
 
 KEY = OwnerKey(bytes(range(32)))
@@ -65,16 +65,22 @@ class TestMark:
 
     def test_without_room_the_matrices_are_the_same(self, monkeypatch):
         mark = mark_of()
-        kept, made = Grams(mark), Grams(mark)
-        monkeypatch.setattr(module, "_ROOM", 8 * 48**2)
-        few = Grams(mark)
-        for i in range(len(CARRIERS)):
-            kept.add(i, mark.directions(i))
-            few.add(i, mark.directions(i))
-        assert len(few._kept) == 1
-        for a, b, c in zip(kept, made, few, strict=True):
-            np.testing.assert_array_equal(a, b)
-            np.testing.assert_array_equal(a, c)
+        made: list[int] = []
+
+        def make(i):
+            made.append(i)
+            return mark.directions(i).gram()
+
+        kept = Grams(len(CARRIERS), 48, make)
+        first = list(kept)
+        assert list(map(id, kept)) == list(map(id, first))
+        assert len(made) == len(CARRIERS)
+        monkeypatch.setattr(margins, "_ROOM", 8 * 48**2)
+        few = Grams(len(CARRIERS), 48, make)
+        for _ in range(2):
+            for a, b in zip(first, few, strict=True):
+                np.testing.assert_array_equal(a, b)
+        assert len(made) == 2 * len(CARRIERS) + len(CARRIERS) - 1
 
 
 class TestSums:

@@ -335,6 +335,22 @@ class TestProjectedStep:
         assert abs(read(model, OTHER, watermark).soft) < 5.0
 
     @MODELS
+    @pytest.mark.parametrize("scheme", [Scheme(bits=32), Scheme(bits=32, statistic="mean")])
+    def test_frozen_carriers_stay_as_they_are(self, make, scheme):
+        """A reader without the claim expects the default carriers, frozen or not."""
+        model = make()
+        watermark = WatermarkLoss(model, KEY, scheme)
+        first, *others = [model.get_parameter(carrier.name) for carrier in watermark.carriers]
+        first.requires_grad_(False)
+        before = first.detach().clone()
+        olds = [other.detach().clone() for other in others]
+        watermark.step()
+        assert torch.equal(first, before)
+        assert not any(torch.equal(old, new) for old, new in zip(olds, others, strict=True))
+        assert watermark.measure().margin >= (1 - 2e-3) * watermark.projection.margin
+        assert read(model, KEY, watermark).matched == 32
+
+    @MODELS
     def test_it_is_the_smallest_change(self, make):
         scheme = Scheme(bits=16)
         watermark = WatermarkLoss(make(), KEY, scheme)
@@ -508,7 +524,8 @@ class TestBadWeights:
 
     @pytest.mark.parametrize("scheme", [Scheme(bits=32), *LOSSES], ids=ids)
     def test_nothing_but_zeros(self, scheme):
-        watermark = WatermarkLoss(vit(), KEY, scheme)
+        model = vit()
+        watermark = WatermarkLoss(model, KEY, scheme)
         for weight in watermark.weights():
             weight.zero_()
         watermark.step()
@@ -517,7 +534,10 @@ class TestBadWeights:
         assert loss.isfinite()
         if loss.requires_grad:
             loss.backward()
-            assert all(p.grad.isfinite().all() for p in watermark._parameters)
+            assert all(
+                model.get_parameter(carrier.name).grad.isfinite().all()
+                for carrier in watermark.carriers
+            )
         assert watermark.measure().ber == 1.0
 
 
@@ -525,10 +545,21 @@ class TestRefusals:
     def test_frozen(self):
         model = vit()
         model.get_parameter(FC1.format(2)).requires_grad_(False)
-        said = message_of(CarrierError, WatermarkLoss, model, KEY)
+        names = [FC1.format(i) for i in range(4)]
+        said = message_of(CarrierError, WatermarkLoss, model, KEY, carriers=names)
         assert "'vit.layers.2.mlp.fc1.weight' is frozen" in said
-        names = [FC1.format(i) for i in (0, 1, 3)]
+        assert "3 of 4 carriers" in said
+        del names[2]
         assert WatermarkLoss(model, KEY, carriers=names).measure().ber > 0.0
+
+    def test_all_frozen(self):
+        model = vit().requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        said = message_of(CarrierError, WatermarkLoss, model, KEY)
+        assert "is frozen" in said
+        assert "modules_to_save" in said
+        model.get_parameter(FC1.format(0)).requires_grad_(True)
+        message_of(ModelTooSmallError, WatermarkLoss, model, KEY, Scheme(bits=300))
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
     def test_dtypes_that_cannot_be_marked(self, dtype):
@@ -591,6 +622,8 @@ def mesh():
 
 
 class TestSharding:
+    """With one process; test_sharding.py has several."""
+
     def test_fully_shard(self, mesh):
         from torch.distributed.fsdp import fully_shard
 
@@ -598,9 +631,13 @@ class TestSharding:
         for layer in model.vit.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        said = message_of(ShardedParameterError, WatermarkLoss, model, KEY)
-        assert "sharded" in said
-        assert "saved checkpoint" in said
+        watermark = WatermarkLoss(model, KEY)
+        train(model, watermark, steps=3)
+        watermark.detach()
+        state = {name: value.full_tensor() for name, value in model.state_dict().items()}
+        plain = vit()
+        plain.load_state_dict(state)
+        assert read(plain, KEY, watermark).matched == 64
 
     def test_whole_parameters_that_fsdp_only_lends(self, mesh):
         """After forward the root's parameters look whole, until backward throws them away."""
@@ -608,9 +645,16 @@ class TestSharding:
 
         model = vit()
         fully_shard(model, mesh=mesh)
-        model(**images()).loss.detach()
+        watermark = WatermarkLoss(model, KEY)
+        with torch.no_grad():
+            model(**images())
         assert type(next(model.parameters())) is nn.Parameter
-        message_of(ShardedParameterError, WatermarkLoss, model, KEY)
+        watermark.project()
+        assert watermark.measure().ber == 0.0
+        with torch.no_grad():
+            model(**images())
+        model.reshard()
+        assert watermark.measure().ber == 0.0
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @pytest.mark.parametrize("original", [False, True])
@@ -620,19 +664,9 @@ class TestSharding:
         model = FullyShardedDataParallel(
             vit(), use_orig_params=original, device_id=torch.device("cpu")
         )
-        message_of(ShardedParameterError, WatermarkLoss, model, KEY)
-
-    def test_a_parameter_that_is_a_dtensor(self, mesh):
-        from torch.distributed.tensor import Shard, distribute_tensor
-
-        model = vit()
-        watermark = WatermarkLoss(model, KEY)
-        fc1 = model.vit.layers[2].mlp.fc1
-        fc1.weight = nn.Parameter(distribute_tensor(fc1.weight.data, mesh, [Shard(0)]))
-        assert "'vit.layers.2.mlp.fc1.weight'" in message_of(
-            ShardedParameterError, WatermarkLoss, model, OTHER
-        )
-        watermark.release()
+        said = message_of(ShardedParameterError, WatermarkLoss, model, KEY)
+        assert "fsdp_version 2" in said
+        assert "saved checkpoint" in said
 
     def test_sharding_after_attaching(self, mesh):
         """The mark must not go into parameters that the model no longer has."""
@@ -642,12 +676,12 @@ class TestSharding:
             model = vit()
             watermark = WatermarkLoss(model, KEY, scheme)
             fully_shard(model, mesh=mesh)
-            for use in (watermark.penalty, watermark.measure, watermark.weights, watermark.read):
-                message_of(ShardedParameterError, use)
-            if scheme.embedding == "projection":
-                message_of(ShardedParameterError, watermark.step)
-                message_of(ShardedParameterError, watermark.detach)
-                message_of(AttachError, watermark.detach)  # it let go all the same
+            assert watermark.penalty().isfinite()
+            watermark.step()
+            expected = 0.0 if scheme.embedding == "projection" else watermark.measure().ber
+            assert watermark.measure().ber == expected
+            assert len(watermark.weights()) == 4
+            watermark.detach()
 
     def test_ddp(self, mesh):
         model = vit()

@@ -1067,10 +1067,23 @@ class TestTwoProcesses:
         assert reports[0]["eval_loss"] == reports[1]["eval_loss"]
         assert [report["ber"] for report in reports] == [0.0, 0.0]
         assert [report["claim"] for report in reports] == [True, False]
-        assert [report["logged"] for report in reports] == [13, 0]
+        assert [report["logged"] for report in reports] == [13, 13]
         for folder in ("", "checkpoint-6", "checkpoint-12"):
             evidence = verify_hub_model(tmp_path / "projection" / folder, KEY)
             assert (evidence.found, evidence.matched) == (True, 32)
+        # What two processes saved, one goes on with.
+        trainer = WatermarkTrainer(
+            model=vit(),
+            args=arguments(tmp_path / "resumed", max_steps=13, per_device_train_batch_size=8),
+            train_dataset=Images(),
+            watermark_key=KEY,
+            watermark_scheme=PROJECTION,
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "projection" / "checkpoint-6"))
+        assert trainer.state.global_step == 13
+        trainer.save_model()
+        evidence = verify_hub_model(tmp_path / "resumed", KEY)
+        assert (evidence.found, evidence.matched) == (True, 32)
         # The same 16 images in one process: the term is neither doubled nor halved.
         for scheme in (HINGE, MEAN_BCE):
             (alone,) = gradients(tmp_path / "alone", scheme, 16, 1)

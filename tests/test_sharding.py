@@ -1,0 +1,168 @@
+"""The same training in one process and in several: DDP, FSDP2, tensor parallelism."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from hf_watermark.carriers import Carrier
+from hf_watermark.errors import ShardedParameterError
+from hf_watermark.parts import part_of, sum_of_parts
+
+WORKER = Path(__file__).with_name("sharded_training.py")
+DEFAULT = "spread-random-32-projection-auto-soft"
+HINGE = "spread-random-32-hinge@0.3-auto-soft"
+BCE = "spread-random-32-bce@0.3-auto-soft"
+MEAN = "mean-random-32-projection-auto-soft"
+UCHIDA = "mean-random-32-bce@3.0-auto-soft"
+
+
+def trained(folder: Path, processes: int, scenarios: list[str]) -> tuple[list[list[dict]], str]:
+    """What every process has in the end, by scenario, and what all of them said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), WORKER, folder, *scenarios],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [
+        [
+            torch.load(folder / f"{name.replace('/', '_')}.{rank}.pt", weights_only=False)
+            for rank in range(processes)
+        ]
+        for name in scenarios
+    ]
+    return results, done.stderr
+
+
+def assert_same(alone: dict, other: dict, scenario: str) -> None:
+    assert other["carriers"] == alone["carriers"], scenario
+    assert other["bits"] == alone["bits"] == (32, 32), scenario
+    for name in alone["carriers"]:
+        one, two = alone["weights"][name], other["weights"][name]
+        assert float((one - two).norm() / one.norm()) <= 1e-5, (scenario, name)
+    assert other["log10_p"] == pytest.approx(alone["log10_p"], rel=1e-4), scenario
+    torch.testing.assert_close(other["logits"], alone["logits"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_processes_as_one(tmp_path):
+    """257 rows: the first process holds 129 of them, the other 128. All in one start of each."""
+    uneven = [f"257/default/sgd/{scheme}" for scheme in (DEFAULT, HINGE, BCE, MEAN, UCHIDA)]
+    even = f"256/default/adamw/{DEFAULT}"
+    columns = [f"256/both/sgd/{scheme}" for scheme in (DEFAULT, HINGE, MEAN)]
+    runs = {run: ["ddp", "fsdp2"] for run in (*uneven, even)} | {run: ["tensor"] for run in columns}
+    runs[uneven[0]] += ["root", "midway"]
+    alone, _ = trained(tmp_path, 1, [f"alone/{run}" for run in runs])
+    scenarios = [f"{how}/{run}" for run, hows in runs.items() for how in hows]
+    results, said = trained(tmp_path, 2, scenarios)
+    expected = dict(zip(runs, alone, strict=True))
+    for scenario, ranks in zip(scenarios, results, strict=True):
+        how, run = scenario.split("/", 1)
+        rows = int(run.split("/", 1)[0])
+        for rank, result in enumerate(ranks):
+            assert_same(expected[run][0], result, scenario)
+            held = rows if how == "ddp" else rows // 2 + rows % 2 * (1 - rank)
+            assert result["local"] == (held, 64), scenario
+            assert f"rank {rank} of 2: {scenario}, holds [{held}, 64]" in said
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_copies_of_two_shards(tmp_path):
+    run = f"256/default/sgd/{DEFAULT}"
+    ((alone,),), _ = trained(tmp_path, 1, [f"alone/{run}"])
+    (ranks,), _ = trained(tmp_path, 4, [f"hybrid/{run}"])
+    for result in ranks:
+        assert_same(alone, result, "hybrid")
+        assert result["local"] == (128, 64)
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+class FourFold:
+    """A mesh of four processes seen by one of them; only what parts ask is there."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def get_coordinate(self) -> list[int]:
+        return [self._rank]
+
+    def size(self, axis: int) -> int:
+        return 4
+
+    def get_group(self, axis: int) -> str:
+        return "the four"
+
+
+class Piece:
+    """A parameter of which one process of four holds a chunk, as torch.chunk cuts it."""
+
+    def __init__(self, whole: torch.Tensor, dim: int, rank: int) -> None:
+        self.device_mesh, self.placements = FourFold(rank), (Shard(dim),)
+        chunks = whole.chunk(4, dim)
+        empty = whole.narrow(dim, 0, 0)
+        self.local = chunks[rank] if rank < len(chunks) else empty
+
+    def to_local(self) -> torch.Tensor:
+        return self.local
+
+
+class TestParts:
+    @pytest.mark.parametrize("dim", [0, 1])
+    @pytest.mark.parametrize("size", [3, 8, 9, 10, 13])
+    def test_every_weight_is_in_one_part(self, size, dim):
+        shape = (size, 6, 3, 3) if dim == 0 else (6, size, 3, 3)
+        whole = torch.arange(1.0, 1.0 + torch.Size(shape).numel()).reshape(shape)
+        carrier = Carrier("conv", shape)
+        seen = torch.zeros(carrier.rows, carrier.columns)
+        for rank in range(4):
+            part = part_of(carrier, Piece(whole, dim, rank))
+            assert part.groups == ("the four",)
+            assert seen[part.rows, part.columns].shape == part.matrix().shape
+            seen[part.rows, part.columns] += part.matrix()
+        torch.testing.assert_close(seen, whole.reshape(carrier.rows, carrier.columns))
+
+    def test_splits_that_are_no_blocks(self, group):
+        carrier = Carrier("conv", (8, 8, 3, 3))
+        tensor = distribute_tensor(torch.randn(8, 8, 3, 3), group, [Shard(2)])
+        with pytest.raises(ShardedParameterError, match=r"'conv' is sharded in a way") as caught:
+            part_of(carrier, nn.Parameter(tensor))
+        assert "embed into the saved checkpoint" in str(caught.value)
+
+    def test_copies_are_whole(self, group):
+        tensor = distribute_tensor(torch.randn(8, 8), group, [Replicate()])
+        part = part_of(Carrier("dense", (8, 8)), nn.Parameter(tensor))
+        assert part.groups == ()
+        assert part.matrix().shape == (8, 8)
+
+    def test_the_gradient_stays_in_shards(self, group):
+        model = fully_shard(nn.Sequential(nn.Linear(6, 9)), mesh=group)
+        weight = model.get_parameter("0.weight")
+        part = part_of(Carrier("0.weight", (9, 6)), weight)
+        (total,) = sum_of_parts([part], [part.matrix().square().sum()])
+        total.backward()
+        assert isinstance(weight.grad, DTensor)
+        assert weight.grad.placements == (Shard(0),)
+        torch.testing.assert_close(weight.grad.full_tensor(), 2 * weight.detach().full_tensor())
