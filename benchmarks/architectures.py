@@ -443,7 +443,6 @@ def train(
 ) -> Measurement | None:
     """A few steps of AdamW, marked unless the key is None; how the mark stands then."""
     steps = STEPS if classifies else HEAD_STEPS
-    model.requires_grad_(True)  # DETR freezes its backbone; a frozen carrier is refused
     set_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
@@ -660,8 +659,8 @@ def table(record: dict[str, Any]) -> str:
         "unmarked or with another key, loads with `from_pretrained`, and marking it on disk left "
         "every byte outside the carriers as it was.",
         *(
-            f"{label}: transformers freezes {row['frozen']} of {row['carriers']} carriers; they "
-            "were unfrozen for training."
+            f"{label}: transformers freezes {row['frozen']} of {row['carriers']} carriers; training "
+            "left them as they were, and the others carried their share."
             for label, row in rows.items()
             if row.get("frozen")
         ),
