@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from hf_watermark.extraction import Extraction
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Floats, Projection
 from hf_watermark.readings import Plan
+from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
 from hf_watermark.significance import corrected, log10_normal_tail
 from hf_watermark.verify import DEFAULT_ALPHA, what_to_read
@@ -111,8 +113,7 @@ def trace(
     from hf_watermark.hub import open_files
 
     started = time.perf_counter()
-    if not recipients or len(set(recipients)) != len(recipients):
-        raise SchemeError("Recipients must be named, each once", got=f"{len(recipients)} names")
+    _check_names(recipients)
     files = open_files(repo, revision, token)
     found = find_claim(files, claim, token, key.fingerprint)
     checkpoint = Checkpoint.open(files)
@@ -164,6 +165,23 @@ def trace(
         bytes_read=files.bytes_read,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_names(recipients: Sequence[str]) -> None:
+    if not recipients:
+        raise SchemeError(
+            "No recipients are named",
+            expected="the names that copies were marked for",
+            do="list them, one a line in a file",
+        )
+    ((name, count),) = Counter(recipients).most_common(1)
+    if count > 1:
+        raise SchemeError(
+            "A recipient is named more than once",
+            expected="each name once: every name counts as a try",
+            got=f"{quoted(name)} {count} times",
+            do="remove the repetitions",
+        )
 
 
 def _looks(carriers: Sequence[Carrier], names: dict[int, str]) -> list[dict[int, int]]:
