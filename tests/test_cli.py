@@ -579,6 +579,8 @@ class TestTrace:
 
     def test_alpha(self, copy):
         assert self.trace(copy, "--alpha", "1e-300").returncode == 1
+        for alpha in ("0", "-1", "1", "nan"):
+            refused(self.trace(copy, "--alpha", alpha), "between 0 and 1")
 
     @pytest.mark.parametrize(
         ("content", "words"),
