@@ -2,11 +2,12 @@
 
 One ViT-B (random weights, marked on disk for its owner and one recipient) is traced, turn by turn
 with loading its whole file into memory. Then copies that no recipient was handed, half with the
-owner's mark and half with none, each with weights, key and names of its own, are traced: smaller
-ViTs (ViT-Ti), because an unmarked copy is read to the end for every recipient.
+owner's mark and half with none, each with weights, key and names of its own, are traced. They are
+small, two layers of a ViT-S, because an unmarked copy is judged to the end for every recipient; but
+large enough for both looks, the first of which ends within a layer.
 
     python benchmarks/tracing.py --out benchmarks/results/tracing.json
-    python benchmarks/tracing.py --host vit-ti --trials 2 --recipients 100     # for a look
+    python benchmarks/tracing.py --host vit-s-2 --trials 2 --recipients 100     # for a look
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hf_watermark import OwnerKey, scan
 from hf_watermark.direct import embed_checkpoint
 
 MODELS: dict[str, dict[str, int]] = {
-    "vit-ti": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "vit-s-2": {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6},
     "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
 
@@ -182,7 +183,7 @@ def main() -> None:
         results = {
             "right_one": right_one(options.host, count, options.runs, options.seed, folder),
             "wrong_ones": wrong_ones(
-                "vit-ti", count, options.trials, options.alpha, options.seed, folder
+                "vit-s-2", count, options.trials, options.alpha, options.seed, folder
             ),
         }
     record = {
@@ -190,7 +191,7 @@ def main() -> None:
         "command": "trace(copy, key, recipients), and safetensors.numpy.load_file(copy)",
         "settings": {
             "host": options.host,
-            "host_of_copies_nobody_was_handed": "vit-ti",
+            "host_of_copies_nobody_was_handed": {"name": "vit-s-2", **MODELS["vit-s-2"]},
             "weights": "random, from the config",
             "recipients": count,
             "runs": options.runs,
