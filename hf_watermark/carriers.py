@@ -24,8 +24,11 @@ Shape = tuple[int, ...]
 _EMBEDDINGS = "embed embedding embeddings embedder patch pos position positions stem wte wpe"
 _NORMS = "norm layernorm batchnorm groupnorm ln bn grn"
 _HEADS = "classifier head heads score logits fc final pooler lm predictor decoder"
+_PYRAMIDS = (
+    "fpn fpn1 fpn2 fpn3 fpn4"  # necks of segmentation: numbered in the file, not in the module
+)
 _ATTENTION = "q k v qkv kv query key value queries keys values wq wk wv wqkv"
-_EXCLUDED = frozenset(" ".join((_EMBEDDINGS, _NORMS, _HEADS, _ATTENTION)).split())
+_EXCLUDED = frozenset(" ".join((_EMBEDDINGS, _NORMS, _HEADS, _PYRAMIDS, _ATTENTION)).split())
 _EXCLUDED_PARTS = frozenset({"in_proj", "c_attn", "in_proj_weight"})
 _MATRIX = re.compile(r"(?:.*\.)?(?:weight|kernel)")
 _MIN_SIDE = 8
@@ -98,9 +101,10 @@ def choose_carriers(shapes: Mapping[str, Shape]) -> tuple[Carrier, ...]:
     """The default carriers: the largest layer of every block, in the model's order.
 
     Convolutions and linear layers only; never embeddings, norms, biases, heads (the decoders of
-    pretraining among them), or queries, keys and values. Of layers of equal size the one with more
-    rows wins, then the last: the first MLP layer of a transformer block, the second convolution of
-    a ResNet's. Layers outside all numbered blocks serve only where there is no block at all.
+    pretraining and feature pyramids among them), or queries, keys and values. Of layers of equal
+    size the one with more rows wins, then the last: the first MLP layer of a transformer block, the
+    second convolution of a ResNet's. Layers outside all numbered blocks serve only where there is
+    no block at all.
 
     Args:
         shapes: Every tensor's name and shape.

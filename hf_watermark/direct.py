@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hf_watermark.carriers import Carrier, check_capacity, choose_carriers, named_carriers
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
@@ -39,6 +37,7 @@ from hf_watermark.folders import (
 from hf_watermark.key import OwnerKey
 from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
+from hf_watermark.threads import one_thread
 
 __all__ = ["Embedded", "embed_checkpoint", "scheme_for"]
 
@@ -149,10 +148,10 @@ def embed_checkpoint(
     _check_dtypes(checkpoint, chosen)
     work = ClosedForm(checkpoint, Mark(keys, scheme, chosen), progress)
     kept = _kept_name(files, there) if there is not None and there is not ours else None
-    with _one_thread():
+    with one_thread():
         work.measure()
         work.solve()
-    with appearing(output) as unfinished, _one_thread():
+    with appearing(output) as unfinished, one_thread():
         paths = []
         for path in copy_folder(folder, unfinished):
             paths.append(path)
@@ -175,21 +174,6 @@ def embed_checkpoint(
         kept_claim=kept,
         unmarked=tuple(p for p in paths if p not in checkpoint.weight_files and holds_weights(p)),
     )
-
-
-def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """One thread for BLAS, if threadpoolctl is there to say so.
-
-    The products are small: a ViT-B takes .6 s of one core. Threads gain nothing on idle cores, and
-    on shared ones they wait for each other (8 s instead of 2.4 on two busy cores). And the sums do
-    not depend on how many cores there are.
-    """
-    try:
-        threadpoolctl: Any = importlib.import_module("threadpoolctl")
-    except ImportError:
-        return contextlib.nullcontext()
-    limits: contextlib.AbstractContextManager[object] = threadpoolctl.threadpool_limits(1, "blas")
-    return limits
 
 
 # What was asked for -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hf_watermark.errors import CarrierError
 from hf_watermark.projections import Doubles, Projection
 from hf_watermark.significance import log10_binomial_tail, log10_normal_tail
 
-__all__ = ["Extraction", "Reading"]
+__all__ = ["Extraction", "Reading", "Rows"]
 
 _FAR_FROM_OVERFLOW = 1e76  # the square of what a sum of float32 may reach
 
@@ -47,6 +47,43 @@ class Reading:
         return log10_normal_tail(self.soft)
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a carrier, checked once for however many keys read them.
+
+    Attributes:
+        weights: (rows, columns) float32; float64 where sums could leave float32's range.
+        squares: The sum of their squares.
+    """
+
+    weights: npt.NDArray[np.floating]
+    squares: float
+
+    @classmethod
+    def of(cls, block: npt.NDArray[np.floating], columns: int) -> Rows:
+        """Check and prepare a block.
+
+        Args:
+            block: (rows, columns), or the carrier's own further axes.
+            columns: Of the carrier.
+
+        Raises:
+            CarrierError: If a weight is not finite: NaN would decode as anything.
+        """
+        w = np.asarray(block, np.float32).reshape(len(block), columns)
+        squares = float(np.einsum("ij,ij->", w, w, dtype=np.float64))
+        if not math.isfinite(squares):
+            raise CarrierError(
+                "A carrier holds weights that are not finite",
+                expected="finite numbers",
+                got="NaN or Inf",
+                do="ask for an intact checkpoint: such a model computes nothing either",
+            )
+        # A sum of weights near the end of float32's range would leave it: inf - inf decodes as NaN.
+        precise = np.float32 if squares * len(w) < _FAR_FROM_OVERFLOW else np.float64
+        return cls(w.astype(precise, copy=False), squares)
+
+
 class Extraction:
     """Responses accumulated over row blocks of carriers.
 
@@ -61,35 +98,26 @@ class Extraction:
         self._rows: dict[int, int] = {}
         self._signs: dict[int, npt.NDArray[np.int8]] = {}
 
-    def add(self, carrier: int, start: int, block: npt.NDArray[np.floating]) -> None:
-        """Take rows `start` to `start + len(block)` of a carrier, each row once.
+    def add(self, carrier: int, start: int, block: npt.NDArray[np.floating] | Rows) -> None:
+        """Take rows `start` to `start + rows` of a carrier, each row once.
 
         Args:
             carrier: Its position.
             start: The first row.
-            block: (rows, columns), or the carrier's own further axes.
+            block: See `Rows.of`, or what that made.
 
         Raises:
             CarrierError: If a weight is not finite: NaN would decode as anything.
         """
-        projection = self._projection
-        w = np.asarray(block, np.float32).reshape(len(block), projection.columns[carrier])
-        squares = float(np.einsum("ij,ij->", w, w, dtype=np.float64))
-        if not math.isfinite(squares):
-            raise CarrierError(
-                "A carrier holds weights that are not finite",
-                expected="finite numbers",
-                got="NaN or Inf",
-                do="ask for an intact checkpoint: such a model computes nothing either",
-            )
+        columns = self._projection.columns[carrier]
+        rows = block if isinstance(block, Rows) else Rows.of(block, columns)
+        w = rows.weights
         if carrier not in self._signs:
-            self._signs[carrier] = projection.row_signs(carrier)
-        # A sum of weights near the end of float32's range would leave it: inf - inf decodes as NaN.
-        precise = np.float32 if squares * len(w) < _FAR_FROM_OVERFLOW else np.float64
-        u = self._signs[carrier][start : start + len(w)].astype(precise)
-        y = (u.T @ w.astype(precise)).astype(np.float64)
+            self._signs[carrier] = self._projection.row_signs(carrier)
+        u = self._signs[carrier][start : start + len(w)].astype(w.dtype)
+        y = (u.T @ w).astype(np.float64)
         self._y[carrier] = self._y[carrier] + y if carrier in self._y else y
-        self._squares[carrier] = self._squares.get(carrier, 0.0) + squares
+        self._squares[carrier] = self._squares.get(carrier, 0.0) + rows.squares
         self._rows[carrier] = self._rows.get(carrier, 0) + len(w)
 
     def reading(self, carrier: int | None = None) -> Reading:

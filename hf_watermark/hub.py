@@ -203,7 +203,8 @@ def open_files(
 ) -> Files:
     """Open ``org/name`` on the Hub, or a local folder or safetensors file.
 
-    What exists locally wins, as in `from_pretrained`.
+    What exists locally wins, as in `from_pretrained`; but a folder has no revisions, so with one
+    ``org/name`` is the repo, also beside a folder of that name, such as a Trainer's output.
 
     Args:
         where: A repo id or a path; a path that starts with ``.``, ``/`` or ``~`` is never a repo.
@@ -218,14 +219,16 @@ def open_files(
     text = os.fspath(where)
     path = os.path.expanduser(text)
     is_path = not isinstance(where, str) or text.startswith((".", "~")) or os.path.isabs(path)
-    if is_path or ("\0" not in path and os.path.exists(path)):
+    is_repo_id = _ORG_NAME.fullmatch(text) is not None
+    asks_for_repo = is_repo_id and revision is not None and not os.path.isfile(path)
+    if is_path or ("\0" not in path and os.path.exists(path) and not asks_for_repo):
         if revision is not None:
             raise HubError(
                 f"{quoted(text, 300)} is a local folder and has no revision {quoted(revision)}",
                 do="leave the revision out, or give org/name",
             )
         return FolderFiles(path)
-    if _ORG_NAME.fullmatch(text) is None:
+    if not is_repo_id:
         raise bad_repo_id(text)
     return HubFiles(text, revision, token, patience=patience)
 

@@ -79,7 +79,7 @@ _TAIL_DENOMINATOR = (
     5.47593808499534494600e-4,
     1.05075007164441684324e-9,
 )
-_CHUNK = 1 << 15  # values at a time: the intermediate arrays stay in the cache
+_CHUNK = 1 << 13  # values at a time: the intermediate arrays stay in the cache
 
 
 def _horner(coefficients: Sequence[float], x: Doubles) -> Doubles:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +20,22 @@ from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import find_claim
 from hf_watermark.errors import SchemeError
 from hf_watermark.evidence import Claim
-from hf_watermark.extraction import Extraction
+from hf_watermark.extraction import Extraction, Rows
 from hf_watermark.key import OwnerKey
-from hf_watermark.projections import Floats, Projection
+from hf_watermark.projections import Doubles, Floats, Projection
 from hf_watermark.readings import Plan
+from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
 from hf_watermark.significance import corrected, log10_normal_tail
-from hf_watermark.verify import DEFAULT_ALPHA, what_to_read
+from hf_watermark.threads import one_thread
+from hf_watermark.verify import DEFAULT_ALPHA, check_alpha, check_key, what_to_read
 
-__all__ = ["Trace", "trace"]
+__all__ = ["Lineup", "Trace", "trace"]
 
 Progress = Callable[[int, int], None]
 
+_PIECE = 2**19  # weights that are fetched at once
+_BATCH = 8  # recipients that a thread judges before it asks for more
 # What is tried first: at 1% distortion 2^20 weights read 10 sigmas, enough for a million names.
 _FIRST_LOOK = 2**20
 
@@ -90,7 +96,8 @@ def trace(
 ) -> Trace:
     """Name the recipient whose mark a suspect carries.
 
-    The carriers are read once; every recipient's statistic is taken from what was read.
+    The carriers are read once; every recipient's statistic is taken from what was read. BLAS runs
+    on one thread meanwhile, in the whole process.
 
     Args:
         repo: `org/name`, or a folder.
@@ -111,46 +118,22 @@ def trace(
     from hf_watermark.hub import open_files
 
     started = time.perf_counter()
-    if not recipients or len(set(recipients)) != len(recipients):
-        raise SchemeError("Recipients must be named, each once", got=f"{len(recipients)} names")
+    check_key(key)
+    check_alpha(alpha)
+    _check_names(recipients)
     files = open_files(repo, revision, token)
     found = find_claim(files, claim, token, key.fingerprint)
     checkpoint = Checkpoint.open(files)
     scheme, carriers = what_to_read(checkpoint, found, key, given=claim is not None)
-    plan = Plan.make(carriers, checkpoint.shapes(), progressive=False)
-    if scheme.decides != "soft" or not plan.assignments:
-        raise SchemeError("Recipients are traced by the soft statistic in whole models only")
-    names = dict(plan.assignments[0])
-    looks = _looks(carriers, names)
-    tries = len(recipients) * len(looks)
-    keys = [key.for_recipient(name) for name in recipients]
-    done = 0
+    lineup = Lineup(checkpoint, key, recipients, scheme, carriers)
     best = np.full(len(recipients), math.inf)
-    own = None if executor is not None else ThreadPoolExecutor(os.cpu_count() or 1)
-    pool = executor if executor is not None else own
-    assert pool is not None  # one of the two
-    try:
-        for look in looks:
-            totals = np.zeros((len(recipients), 2))
-            for i, rows in look.items():
-                w = _rows(checkpoint, carriers[i], names[i], rows)
-
-                def judge(one: OwnerKey, i: int = i, w: Floats = w) -> tuple[float, float]:
-                    return _response(one, scheme, carriers, i, w)
-
-                for r, sums in enumerate(pool.map(judge, keys)):
-                    totals[r] += sums
-                    done += 1
-                    if progress is not None:
-                        progress(done, sum(len(other) for other in looks) * len(recipients))
-            for r, (response, variance) in enumerate(totals):
-                soft = response / math.sqrt(variance) if variance > 0.0 else 0.0
-                best[r] = min(best[r], corrected(log10_normal_tail(soft), tries))
+    with one_thread(), contextlib.ExitStack() as stack:
+        pool = executor or stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
+        for softs in lineup.looks(pool, progress):
+            tails = [corrected(log10_normal_tail(soft), lineup.tries) for soft in softs]
+            best = np.minimum(best, tails)
             if best.min() <= math.log10(alpha):
                 break
-    finally:
-        if own is not None:
-            own.shutdown()
     order = np.argsort(best, kind="stable")
     named = best[order[0]] <= math.log10(alpha)
     return Trace(
@@ -159,11 +142,144 @@ def trace(
         recipient=recipients[order[0]] if named else None,
         log10_p=float(best[order[0]]),
         alpha=alpha,
-        tries=tries,
+        tries=lineup.tries,
         runner_up_log10_p=float(best[order[1]]) if len(order) > 1 else None,
         bytes_read=files.bytes_read,
         seconds=time.perf_counter() - started,
     )
+
+
+class Lineup:
+    """Every recipient's statistic, taken from one read of a suspect.
+
+    Args:
+        checkpoint: The suspect.
+        key: The owner's.
+        recipients: Names.
+        scheme: By which copies were marked.
+        carriers: In which tensors.
+
+    Raises:
+        SchemeError: If bits decide in the scheme, or the suspect has none of the carriers under
+            their names.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        key: OwnerKey,
+        recipients: Sequence[str],
+        scheme: Scheme,
+        carriers: Sequence[Carrier],
+    ) -> None:
+        plan = Plan.make(carriers, checkpoint.shapes(), progressive=False)
+        if scheme.decides != "soft" or not plan.assignments:
+            raise SchemeError("Recipients are traced by the soft statistic in whole models only")
+        self._checkpoint = checkpoint
+        self._keys = [key.for_recipient(name) for name in recipients]
+        self._scheme = scheme
+        self._carriers = plan.carriers
+        self._names = dict(plan.assignments[0])
+        self._looks = _looks(plan.carriers, self._names)
+
+    @property
+    def tries(self) -> int:
+        """Recipients times looks."""
+        return len(self._keys) * len(self._looks)
+
+    def looks(self, pool: Executor, progress: Progress | None = None) -> Iterator[Doubles]:
+        """The soft statistics of all recipients, look by look.
+
+        Law: for a recipient whose mark the suspect does not carry, each is N(0, 1), whatever the
+        weights are, and independent of the other recipients'. Looks at the same weights are not
+        independent of each other.
+
+        Args:
+            pool: Where recipients are judged.
+            progress: Called with readings done and readings planned.
+
+        Yields:
+            (recipients,) float64, one array a look.
+        """
+        held: dict[int, Floats] = {}  # what was read of carriers that are not complete yet
+        sums: dict[int, Doubles] = {}  # of those that are: (recipients, 2)
+        planned = len(self._keys) * sum(map(len, self._looks))
+        done = 0
+        for look in self._looks:
+            totals = np.zeros((len(self._keys), 2))
+            for i, rows in look.items():
+                if i in sums:
+                    totals += sums[i]
+                else:
+                    w = self._read(i, rows, held.pop(i, None))
+                    parts: list[tuple[float, float]] = []
+                    for some in pool.map(self._judge(i, w), _batches(self._keys)):
+                        parts += some
+                        if progress is not None:
+                            progress(done + len(parts), planned)
+                    totals += parts
+                    if rows == self._carriers[i].rows:
+                        sums[i] = np.array(parts)
+                    else:
+                        held[i] = w
+                done += len(self._keys)
+            yield _soft(totals)
+
+    def _read(self, i: int, rows: int, before: Floats | None) -> Floats:
+        columns = self._carriers[i].columns
+        start = 0 if before is None else len(before)
+        step = max(1, _PIECE // columns)
+        blocks = [
+            (self._names[i], first, min(first + step, rows)) for first in range(start, rows, step)
+        ]
+        read = [
+            block.reshape(len(block), columns) for block in self._checkpoint.read_blocks(blocks)
+        ]
+        return np.concatenate(read if before is None else [before, *read])
+
+    def _judge(
+        self, i: int, w: Floats
+    ) -> Callable[[Sequence[OwnerKey]], list[tuple[float, float]]]:
+        """What gives recipients' sums of s_t z_t and their variances in one carrier."""
+        rows = Rows.of(w, self._carriers[i].columns)
+
+        def judge(keys: Sequence[OwnerKey]) -> list[tuple[float, float]]:
+            found = []
+            for key in keys:
+                extraction = Extraction(Projection(key, self._scheme, self._carriers))
+                extraction.add(i, 0, rows)
+                found.append(extraction.agreement())
+            return found
+
+        return judge
+
+
+def _batches(keys: Sequence[OwnerKey]) -> list[Sequence[OwnerKey]]:
+    return [keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH)]
+
+
+def _soft(totals: Doubles) -> Doubles:
+    responses, variances = totals.T
+    softs = np.zeros(len(totals))  # of weights that are all zero: they say nothing
+    np.divide(responses, np.sqrt(variances), out=softs, where=variances > 0.0)
+    return softs
+
+
+def _check_names(recipients: Sequence[str]) -> None:
+    if not recipients:
+        raise SchemeError(
+            "No recipients are named",
+            expected="the names that copies were marked for",
+            do="list them, one a line in a file",
+        )
+    ((name, count),) = Counter(recipients).most_common(1)
+    if count > 1:
+        raise SchemeError(
+            "A recipient is named more than once",
+            expected="each name once: every name counts as a try",
+            got=f"{quoted(name)} {count} times",
+            do="remove the repetitions",
+        )
 
 
 def _looks(carriers: Sequence[Carrier], names: dict[int, str]) -> list[dict[int, int]]:
@@ -178,18 +294,3 @@ def _looks(carriers: Sequence[Carrier], names: dict[int, str]) -> list[dict[int,
         left -= rows * carriers[i].columns
     everything = {i: carriers[i].rows for i in names}
     return [first] if first == everything else [first, everything]
-
-
-def _rows(checkpoint: Checkpoint, carrier: Carrier, name: str, rows: int) -> Floats:
-    step = max(1, 2**19 // carrier.columns)
-    blocks = [(name, start, min(start + step, rows)) for start in range(0, rows, step)]
-    return np.concatenate(checkpoint.read_blocks(blocks))
-
-
-def _response(
-    key: OwnerKey, scheme: Scheme, carriers: Sequence[Carrier], carrier: int, w: Floats
-) -> tuple[float, float]:
-    """One recipient's sum_t s_t z_t and its variance in one carrier."""
-    extraction = Extraction(Projection(key, scheme, carriers))
-    extraction.add(carrier, 0, w)
-    return extraction.agreement()

@@ -24,7 +24,15 @@ from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect
 from hf_watermark.scheme import Scheme
 
-__all__ = ["DEFAULT_ALPHA", "Verification", "verify", "verify_hub_model", "what_to_read"]
+__all__ = [
+    "DEFAULT_ALPHA",
+    "Verification",
+    "check_alpha",
+    "check_key",
+    "verify",
+    "verify_hub_model",
+    "what_to_read",
+]
 
 DEFAULT_ALPHA = 1e-6
 # What X and u may take for carriers that the suspect's own shapes suggest, in bytes. A ViT-g takes
@@ -116,7 +124,10 @@ def verify(
     from hf_watermark.hub import open_files
 
     started = time.perf_counter()
-    _check_options(key, alpha, align, read)
+    if key is not None:
+        check_key(key)
+    check_alpha(alpha)
+    _check_readings(align, read)
     files = open_files(repo, revision, token)
     found = find_claim(files, claim, token, None if key is None else key.fingerprint)
     checkpoint = Checkpoint.open(files)
@@ -145,13 +156,26 @@ def verify(
     return Verification(evidence, found.claim if found is not None else None, files)
 
 
-def _check_options(key: OwnerKey | None, alpha: float, align: str, read: str) -> None:
-    if not (key is None or isinstance(key, OwnerKey)):
+def check_key(key: OwnerKey) -> None:
+    """Refuse what is no key.
+
+    Raises:
+        KeyFileError: If it is none.
+    """
+    if not isinstance(key, OwnerKey):
         raise KeyFileError(
             "The key is no OwnerKey",
             got=type(key).__name__,
             do="load it: OwnerKey.load('acme.key')",
         )
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse what is no chance.
+
+    Raises:
+        SchemeError: Unless 0 < alpha < 1.
+    """
     if not (isinstance(alpha, (int, float)) and 0.0 < alpha < 1.0 and math.isfinite(alpha)):
         raise SchemeError(
             "alpha is out of range",
@@ -159,6 +183,9 @@ def _check_options(key: OwnerKey | None, alpha: float, align: str, read: str) ->
             got=alpha,
             do=f"leave it out for {DEFAULT_ALPHA:g}",
         )
+
+
+def _check_readings(align: str, read: str) -> None:
     if align not in ("auto", "never"):
         raise SchemeError("Unknown align", expected="auto or never", got=repr(align))
     if read not in ("auto", "all"):

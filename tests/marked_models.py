@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -271,6 +272,8 @@ def run(
 ):
     """Run `verify_hub_model`, or another program, in a process of its own, without a terminal."""
     variables = {"PATH": str(BIN), "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
+    if "PYTHONPATH" in os.environ:  # the tree under test need not be the installed one
+        variables["PYTHONPATH"] = os.environ["PYTHONPATH"]
     if hub is not None:
         variables |= hub.environment(token)
     return subprocess.run(

@@ -85,6 +85,13 @@ def test_the_record_holds_what_is_promised():
     assert record()["summary"]["classifiers"]["good"] >= 35
     for row in record()["classifiers"].values():
         assert "skipped" in row or row["weights"] >= 64 * 64
+    # The names of the module and those of the file lead to the same layers, in every architecture.
+    assert all(
+        row["same_in_module"]
+        for name in ("classifiers", "heads")
+        for row in record()[name].values()
+        if "skipped" not in row
+    )
 
 
 def test_the_table_has_a_line_for_each():

@@ -108,6 +108,7 @@ TINY_VIT = {
     "image_size": 32,
     "patch_size": 8,
 }
+TINY_BEIT = TINY_VIT | {"out_indices": [1, 3, 5, 11]}
 TINY_DINO = TINY_VIT | {"mlp_ratio": 2}
 TINY_SWIN = {
     "embed_dim": 16,
@@ -255,6 +256,7 @@ def test_head_prefix_and_order_change_nothing(architecture):
         ("Swin", "ForMaskedImageModeling", TINY_SWIN),
         ("Swinv2", "ForMaskedImageModeling", TINY_SWIN),
         ("DeiT", "ForImageClassificationWithTeacher", TINY_VIT),
+        ("Beit", "ForSemanticSegmentation", TINY_BEIT),
         ("Segformer", "ForSemanticSegmentation", SMALL["Segformer"]),
         ("MobileNetV2", "ForSemanticSegmentation", SMALL["MobileNetV2"]),
     ],
@@ -278,11 +280,20 @@ def test_the_decoder_of_a_masked_autoencoder_carries_nothing():
     assert [c.name for c in chosen] == [f"vit.{name}.weight" for name in each(FC1, 11)]
 
 
-@pytest.mark.parametrize("architecture", SMALL)
-def test_saved_names_lead_to_the_same_weights_in_the_same_order(architecture, tmp_path):
-    config = getattr(transformers, f"{architecture}Config")(**SMALL[architecture])
+@pytest.mark.parametrize(
+    ("architecture", "suffix", "arguments"),
+    [
+        *((name, "ForImageClassification", arguments) for name, arguments in SMALL.items()),
+        # Its pyramid is `fpn.fpn1.conv_transpose1` in the module, and `fpn1.0` in the file.
+        ("Beit", "ForSemanticSegmentation", TINY_BEIT),
+    ],
+)
+def test_saved_names_lead_to_the_same_weights_in_the_same_order(
+    architecture, suffix, arguments, tmp_path
+):
+    config = getattr(transformers, f"{architecture}Config")(**arguments)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{architecture}ForImageClassification")(config)
+    model = getattr(transformers, architecture + suffix)(config)
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(FolderFiles(tmp_path))
     ours, theirs = choose_carriers(shapes_of(model)), choose_carriers(checkpoint.shapes())

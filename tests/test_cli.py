@@ -511,6 +511,100 @@ class TestOptions:
         assert done.stdout.endswith("\n[]\n")
 
 
+@pytest.fixture(scope="module")
+def copy(place):
+    """The same place with a copy marked for a recipient too, and a list of names."""
+    done = umbrella("embed", "own", "--key", "acme.key", "--recipient", "Zoë & Söhne",
+                    "--out", "copy", cwd=place)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (place / "names.txt").write_text("acme\nZoë & Söhne\nbeta\n", encoding="utf-8")
+    return place
+
+
+class TestTrace:
+    """Whose copy: names from a file, the answer, and lists that are none."""
+
+    def trace(self, place, *arguments, repo="copy", names="names.txt", **options):
+        arguments = (repo, "--key", "acme.key", "--recipients", names, *arguments)
+        return umbrella("trace", *arguments, cwd=place, **options)
+
+    def test_named(self, copy):
+        done = self.trace(copy)
+        assert (done.returncode, done.stderr) == (0, "")
+        said = re.fullmatch(
+            r"copy: the copy of Zoë & Söhne\. A chance of 1 in 10\^(\d+) that a copy nobody was "
+            r"handed names anyone so firmly \(log10 p -(\d+\.\d\d), 3 recipients and 3 tries "
+            r"counted\)\.\n",
+            done.stdout,
+        )
+        assert said is not None, done.stdout
+        assert int(said[1]) == int(float(said[2])) > 20
+        done = self.trace(copy, "--json")
+        found = evidence_of(done)
+        assert (found["verdict"], found["recipient"]) == ("found", "Zoë & Söhne")
+        assert found["log10_p"] == pytest.approx(-float(said[2]), abs=0.01)
+        assert found["runner_up_log10_p"] > -6
+        assert (found["tries"], found["revision"]) == (3, None)
+        assert self.trace(copy, "--format", "quiet").stdout == "Zoë & Söhne\n"
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_lists_of_all_editors(self, copy, tmp_path, encoding, end):
+        # The first name is the one that a byte order mark would spoil.
+        lines = ("Zoë & Söhne", "", "  acme \t", "   ", "beta")
+        (tmp_path / "names").write_bytes(end.join(lines).encode(encoding))
+        done = self.trace(copy, "--json", names=tmp_path / "names")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (evidence_of(done)["recipient"], evidence_of(done)["tries"]) == ("Zoë & Söhne", 3)
+
+    def test_a_terminal_of_another_encoding(self, copy):
+        # The list is UTF-8 whatever the locale says.
+        latin = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = self.trace(copy, "--json", environment=latin)
+        assert evidence_of(done)["recipient"] == "Zoë & Söhne"
+
+    def test_nobody(self, copy, tmp_path):
+        (tmp_path / "others").write_text("acme\nbeta\n")
+        for repo, names in (
+            ("copy", tmp_path / "others"),
+            ("own", "names.txt"),
+            ("plain", "names.txt"),
+        ):
+            done = self.trace(copy, repo=repo, names=names)
+            assert (done.returncode, done.stderr) == (1, "")
+            assert re.fullmatch(rf"{repo}: nobody's copy \(log10 p .*\)\.\n", done.stdout)
+            assert self.trace(copy, "--format", "quiet", repo=repo, names=names).stdout == "\n"
+            found = evidence_of(self.trace(copy, "--json", repo=repo, names=names))
+            assert (found["verdict"], found["recipient"]) == ("not found", None)
+
+    def test_alpha(self, copy):
+        assert self.trace(copy, "--alpha", "1e-300").returncode == 1
+        for alpha in ("0", "-1", "1", "nan"):
+            refused(self.trace(copy, "--alpha", alpha), "between 0 and 1")
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"", ("No recipients are named",)),
+            (b"\xef\xbb\xbf\r\n \r\n", ("No recipients are named",)),
+            (b"acme\nbeta\n acme\n", ("more than once", "'acme' 2 times")),
+            ("Zoë".encode("latin-1"), ("'bad'", "expected UTF-8", "Save it as UTF-8")),
+            ("acme".encode("utf-16"), ("'bad'", "expected UTF-8", "Save it as UTF-8")),
+        ],
+        ids=["empty", "blank", "repeated", "latin-1", "utf-16"],
+    )
+    def test_bad_lists(self, copy, content, words):
+        (copy / "bad").write_bytes(content)
+        for form in ("human", "json"):
+            refused(self.trace(copy, "--format", form, names="bad"), *words)
+
+    def test_no_list(self, copy):
+        refused(self.trace(copy, names="none.txt"), "'none.txt'", "No such file")
+        refused(self.trace(copy, names="own"), "'own'", "Is a directory")
+        done = umbrella("trace", "copy", "--key", "acme.key", cwd=copy)
+        refused(done, "Missing option '--recipients'")
+
+
 class TestKeys:
     def test_keygen(self, tmp_path):
         done = umbrella("keygen", "acme.key", "--owner", "acme", "--json", cwd=tmp_path)

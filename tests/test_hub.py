@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -492,8 +493,21 @@ class TestOpenFiles:
         monkeypatch.chdir(tmp_path)
         for where in ("demo/vit", "./demo/vit", tmp_path / "demo", str(tmp_path), "."):
             assert isinstance(open_files(where), FolderFiles)
-        with pytest.raises(HubError, match="has no revision 'main'"):
-            open_files("demo/vit", "main")
+        assert not hub.requests
+
+    def test_a_revision_means_the_repo(self, hub, tmp_path, monkeypatch):
+        (tmp_path / "demo" / "vit").mkdir(parents=True)
+        (tmp_path / "demo" / "vit.safetensors").write_bytes(b"")
+        monkeypatch.chdir(tmp_path)
+        files = open_files("demo/vit", "main", hub.token, patience=QUICK)
+        assert isinstance(files, HubFiles)
+        hub.requests.clear()
+        # None of these can be a repo: paths by their first character or type, a name alone, a file.
+        paths = ("./demo/vit", f"{tmp_path}/demo", tmp_path / "demo", Path("demo/vit"), "demo", ".")
+        for where in (*paths, "demo/vit.safetensors"):
+            with pytest.raises(HubError, match="has no revision 'main'"):
+                open_files(where, "main")
+        assert not hub.requests
 
     @pytest.mark.parametrize("where", ["./demo/vit", "../demo", "/nowhere", "~/none/none"])
     def test_a_path_is_never_a_repo(self, hub, where):

@@ -635,10 +635,6 @@ class TestSecrets:
         assert not any("watermark" in name for name in vars(restored))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what exists locally wins over the Hub, also where a commit is asked for",
-)
 def test_an_output_folder_of_the_repos_name(hub, tmp_path, monkeypatch):
     """`output_dir="demo/vit"` beside `hub_model_id="demo/vit"`, in the working directory."""
     monkeypatch.chdir(tmp_path)

@@ -121,8 +121,8 @@ def _tell(done: Embedded, where: str, form: str) -> None:
     "--recipients",
     metavar="FILE",
     required=True,
-    type=click.File(encoding="utf-8"),
-    help="The names that copies were marked for, one a line.",
+    type=click.File(encoding="utf-8-sig"),
+    help="The names that copies were marked for, one a line, in UTF-8.",
 )
 @click.option("--claim", metavar="FILE|REPO", help="The owner's claim.")
 @click.option("--alpha", type=float, default=1e-6, show_default=True, metavar="A")
@@ -149,7 +149,7 @@ def trace(
     """  # noqa: D301
     from hf_watermark.scan import trace as find
 
-    names = [line.strip() for line in recipients if line.strip()]
+    names = _names_in(recipients)
     key = load_key(key_file)
     with progress_bar(f"Tracing {repo}") as progress:
         done = find(
@@ -171,13 +171,30 @@ def trace(
     return FOUND if done.found else NOT_FOUND
 
 
-def _named(done: Trace, count: int) -> str:
-    from hf_watermark.significance import odds_in_words
+def _names_in(file: TextIO) -> list[str]:
+    """The names of a list; editors' byte order marks, line ends and blank lines are no names."""
+    from hf_watermark.safetensors_ranges import quoted
 
-    read = f"log10 p {done.log10_p:.1f}, {count} recipients and {done.tries} tries counted"
+    try:
+        return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise SchemeError(
+            f"The list of recipients {quoted(file.name, 300)} cannot be read",
+            expected="UTF-8, one name a line",
+            got="another encoding",
+            do="save it as UTF-8",
+        ) from None
+
+
+def _named(done: Trace, count: int) -> str:
+    from hf_watermark.report import chance_in_words, rounded_up
+
+    read = (
+        f"log10 p {rounded_up(done.log10_p):.2f}, {count} recipients and {done.tries} tries counted"
+    )
     if done.recipient is None:
         return f"{done.repo}: nobody's copy ({read})."
-    odds = odds_in_words(done.log10_p)
+    odds = chance_in_words(done.log10_p)
     return (
         f"{done.repo}: the copy of {done.recipient}. A chance of {odds} that a copy nobody was "
         f"handed names anyone so firmly ({read})."
