@@ -387,6 +387,11 @@ class WatermarkLoss:
             extraction.add(i, 0, weight.float().cpu().numpy())
         return extraction.reading()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold different parts of a carrier: then all of them must read."""
+        return any(part.groups for part in self._parts)
+
     def weights(self) -> list[Tensor]:
         """The carriers' current values, detached, in order; gathered where they are sharded."""
         put_back_shards(self.model)

@@ -28,6 +28,7 @@ from hf_watermark.errors import (
     AttachError,
     HubError,
     RevisionMissingError,
+    ShardedParameterError,
     WatermarkError,
 )
 from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
@@ -184,6 +185,11 @@ class WatermarkTrainer(Trainer):
         # Sharded weights come gathered, and only here: the other processes are not asked again.
         if all(carrier.name in gathered for carrier in carriers):
             weights = [gathered[carrier.name] for carrier in carriers]
+        elif self.watermark.is_sharded:
+            raise ShardedParameterError(
+                "The carriers are sharded and not in what is saved",
+                do="save whole models (FULL_STATE_DICT), then run hf-watermark embed on the folder",
+            )
         else:
             weights = self.watermark.weights()
         checkpoint = Checkpoint.open(FolderFiles(folder))
