@@ -39,6 +39,7 @@ from hf_watermark.parts import (
 from hf_watermark.projections import Doubles, Projection
 from hf_watermark.scheme import Scheme
 from hf_watermark.wrappers import plain_parameters, unwrapped, unwrapped_parameters
+from hf_watermark.zero_parts import shape_of, whole_parts, zero_part_of
 
 __all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
 
@@ -82,8 +83,8 @@ class WatermarkLoss:
     2017, section 3 (summed over bits), and `step` does nothing. In evaluation mode neither does
     anything.
 
-    Under FSDP2 every process makes one, and calls the same methods at the same time: responses are
-    summed over the shards, and every process changes its own.
+    Under FSDP2 and ZeRO every process makes one, and calls the same methods at the same time:
+    responses are summed over the shards, and every process changes its own.
 
     Args:
         model: Any module; DDP, torch.compile and peft wrappers are seen through.
@@ -96,7 +97,7 @@ class WatermarkLoss:
     Raises:
         ModelTooSmallError: If the carriers cannot hold the scheme's bits.
         CarrierError: If a carrier is missing, frozen or not floating point.
-        ShardedParameterError: If the model is sharded by FSDP1 or ZeRO-3.
+        ShardedParameterError: If the model is sharded by FSDP1.
         AttachError: If this key is attached to this module already.
     """
 
@@ -122,7 +123,7 @@ class WatermarkLoss:
         put_back_shards(model)
         plain = plain_parameters(model)
         named = plain if carriers is None else {**unwrapped_parameters(model), **plain}
-        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        shapes = {name: shape_of(parameter) for name, parameter in named.items()}
         self.secret_carriers = carriers is not None
         self.carriers: tuple[Carrier, ...] = (
             choose_carriers(shapes) if carriers is None else named_carriers(shapes, carriers)
@@ -147,14 +148,14 @@ class WatermarkLoss:
         found = []
         for carrier in self.carriers:
             parameter = parameters.get(carrier.name)
-            if parameter is None or tuple(parameter.shape) != carrier.shape:
+            if parameter is None or shape_of(parameter) != carrier.shape:
                 raise AttachError(
                     f"The model has changed since {carrier.name[:120]!r} became a carrier",
                     expected=f"a parameter of shape {list(carrier.shape)}",
-                    got="none" if parameter is None else f"{list(parameter.shape)}",
+                    got="none" if parameter is None else f"{list(shape_of(parameter))}",
                     do="attach after everything that wraps or changes the model",
                 )
-            found.append(part_of(carrier, parameter))
+            found.append(zero_part_of(carrier, parameter) or part_of(carrier, parameter))
         return found
 
     def attach(self) -> None:
@@ -200,11 +201,13 @@ class WatermarkLoss:
         `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is
         in natural sigmas, except for `mean` with `bce`: the paper's own z = X w on raw weights.
         """
-        parts = self._parts
-        device = parts[0].device
+        device = self._parts[0].device
         signs = torch.as_tensor(self.projection.message_signs, dtype=torch.float32, device=device)
         # Autocast would round the responses to 8 bits of mantissa.
-        with torch.autocast(device_type=device.type, enabled=False):
+        with (
+            torch.autocast(device_type=device.type, enabled=False),
+            whole_parts(self._parts) as parts,
+        ):
             raw_bce = self.scheme.statistic == "mean" and self.scheme.embedding == "bce"
             agreement = signs * self._responses(parts, natural=not raw_bce)
             if self.scheme.embedding == "bce":
@@ -221,7 +224,8 @@ class WatermarkLoss:
         Args:
             natural: In natural sigmas; otherwise raw, which differs only for `mean`.
         """
-        return self._responses(self._parts, natural=natural)
+        with whole_parts(self._parts) as parts:
+            return self._responses(parts, natural=natural)
 
     def _responses(self, parts: Sequence[Part], *, natural: bool) -> Tensor:
         if self.scheme.statistic == "spread":
@@ -320,8 +324,7 @@ class WatermarkLoss:
                 continue
             u, x = self._tensors(i, part.device)
             size = float(rms[i]) / math.sqrt(part.carrier.rows)
-            scaled = u[part.rows] * (coefficients * size).to(part.device)
-            part.write(torch.addmm(part.matrix(), scaled, x[:, part.columns]) / float(ratios[i]))
+            part.change(u * (coefficients * size).to(part.device), x, 1.0 / float(ratios[i]))
         return True
 
     def _change_mean(self, parts: Sequence[Part], free: npt.NDArray[np.bool_]) -> bool:
@@ -353,8 +356,8 @@ class WatermarkLoss:
         before = torch.cat([means[i].cpu() for i in moved]).norm()
         back = float(before / _not_zero(torch.cat([mean.cpu() for mean in moved.values()]).norm()))
         for i, mean in moved.items():
-            change = (mean * back - means[i])[parts[i].columns]
-            parts[i].write(parts[i].matrix() + change)
+            rows = torch.ones(parts[i].carrier.rows, 1, device=mean.device)
+            parts[i].change(rows, (mean * back - means[i])[None], 1.0)
         return True
 
     def _tensors(self, carrier: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -369,7 +372,8 @@ class WatermarkLoss:
     def measure(self) -> Measurement:
         """BER, smallest margin and log10 p as they stand now; NaN if a carrier is not finite."""
         put_back_shards(self.model)
-        agreement = self.projection.message_signs * self.responses().double().cpu().numpy()
+        z = self._responses(self._parts, natural=True)
+        agreement = self.projection.message_signs * z.double().cpu().numpy()
         if not np.isfinite(agreement).all():
             return Measurement(math.nan, math.nan, math.nan)
         reading = self.read()

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from hf_watermark.carriers import Carrier
 from hf_watermark.errors import ShardedParameterError
 
-__all__ = ["Part", "agreed", "part_of", "put_back_shards", "refuse_unknown_shards", "sum_of_parts"]
+__all__ = [
+    "Part",
+    "agreed",
+    "changed",
+    "part_of",
+    "put_back_shards",
+    "refuse_unknown_shards",
+    "sum_of_parts",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Part:
             split.
         columns: Which of its columns.
         groups: The process groups over which the parts add up to the whole, one after the other.
+        copied: A copy to read instead, with its graph; None almost always.
     """
 
     carrier: Carrier
@@ -39,16 +48,24 @@ class Part:
     rows: slice
     columns: slice
     groups: tuple[Any, ...] = ()
+    copied: Tensor | None = None
 
     def matrix(self) -> Tensor:
         """The part as (rows, columns) float32, differentiable."""
         height, width = (int(part.stop - part.start) for part in (self.rows, self.columns))
         return self._local().reshape(height, width).float()
 
-    def write(self, matrix: Tensor) -> None:
-        """Put (rows, columns) in its place."""
+    def change(self, left: Tensor, right: Tensor, factor: float) -> None:
+        """W <- (W + left right) factor, in place.
+
+        Args:
+            left: (out, T), or (out, 1).
+            right: (T, M), or (1, M).
+            factor: A number.
+        """
         local = self._local().detach()
-        local.copy_(matrix.reshape(local.shape))
+        new = changed(self.matrix().detach(), left[self.rows], right[:, self.columns], factor)
+        local.copy_(new.reshape(local.shape))
 
     def whole(self) -> Tensor:
         """The carrier in its own shape, detached; where it is sharded, all processes must call."""
@@ -61,9 +78,16 @@ class Part:
         return self.parameter.device
 
     def _local(self) -> Tensor:
+        if self.copied is not None:
+            return self.copied
         if _is_dtensor(self.parameter):
             return self.parameter.to_local()  # type: ignore[attr-defined, no-any-return]
         return self.parameter
+
+
+def changed(w: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """(W + left right) factor."""
+    return torch.addmm(w, left, right) * factor
 
 
 def _is_dtensor(tensor: Any) -> bool:
@@ -153,14 +177,11 @@ def refuse_unknown_shards(model: nn.Module) -> None:
     """Refuse what shards in ways that no part can be made of.
 
     Raises:
-        ShardedParameterError: For the first FSDP, which keeps flat pieces, and for ZeRO.
+        ShardedParameterError: For the first FSDP, which keeps flat pieces of several parameters.
     """
     for name, module in model.named_modules():
         if _has_base(module, "FullyShardedDataParallel"):
             raise _sharded(f"The module {name[:120]!r}" if name else "The model", "FSDP1")
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise _sharded(f"The parameter {name[:120]!r}", "ZeRO-3")
 
 
 def _has_base(module: nn.Module, name: str) -> bool:

@@ -1,7 +1,8 @@
-"""The same training in one process and in several: DDP, FSDP2, tensor parallelism."""
+"""The same training in one process and in several: DDP, FSDP2, tensor parallelism, ZeRO."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_trainer import KEY
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from hf_watermark.carriers import Carrier
 from hf_watermark.errors import ShardedParameterError
 from hf_watermark.parts import part_of, sum_of_parts
+from hf_watermark.verify import verify_hub_model
 
 WORKER = Path(__file__).with_name("sharded_training.py")
 DEFAULT = "spread-random-32-projection-auto-soft"
@@ -28,7 +31,12 @@ UCHIDA = "mean-random-32-bce@3.0-auto-soft"
 
 def trained(folder: Path, processes: int, scenarios: list[str]) -> tuple[list[list[dict]], str]:
     """What every process has in the end, by scenario, and what all of them said."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(WORKER.parents[1]),
+    }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), WORKER, folder, *scenarios],
@@ -78,6 +86,101 @@ def test_two_processes_as_one(tmp_path):
             held = rows if how == "ddp" else rows // 2 + rows % 2 * (1 - rank)
             assert result["local"] == (held, 64), scenario
             assert f"rank {rank} of 2: {scenario}, holds [{held}, 64]" in said
+
+
+@pytest.mark.distributed
+def test_zero_as_one_process(tmp_path):
+    """DeepSpeed trains a master copy: a change that misses it is gone at the next step."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux alone")
+    rows = {scheme: f"257/default/sgd/{scheme}" for scheme in (DEFAULT, HINGE, BCE, MEAN, UCHIDA)}
+    runs = {
+        rows[DEFAULT]: ["zero1", "zero2", "zero3", "zero3whole", "zero2bf16", "zero3bf16"],
+        rows[HINGE]: ["zero2", "zero3", "zero3whole"],
+        rows[BCE]: ["zero3"],
+        rows[MEAN]: ["zero1", "zero3"],
+        rows[UCHIDA]: ["zero3whole"],
+    }
+    alone, _ = trained(tmp_path, 1, [f"alone/{run}" for run in runs])
+    scenarios = [f"{how}/{run}" for run, hows in runs.items() for how in hows]
+    results, said = trained(tmp_path, 2, scenarios)
+    expected = dict(zip(runs, (one for (one,) in alone), strict=True))
+    for scenario, ranks in zip(scenarios, results, strict=True):
+        how, run = scenario.split("/", 1)
+        for rank, result in enumerate(ranks):
+            assert f"rank {rank} of 2: {scenario}" in said
+            if how.endswith("bf16"):
+                assert result["bits"] == (32, 32), scenario
+                assert result["measured"].margin >= 3.99, scenario
+                assert result["log10_p"] == pytest.approx(expected[run]["log10_p"], rel=1e-2)
+                continue
+            assert_same(expected[run], result, scenario)
+            assert result["margins"] == pytest.approx(expected[run]["margins"], rel=1e-3, abs=1e-3)
+
+
+TRAINER = """
+import json, sys
+from pathlib import Path
+import deepspeed, torch
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+from test_trainer import *
+
+folder, stage = Path(sys.argv[1]), int(sys.argv[3])
+config = {
+    "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0,
+                          "stage3_gather_16bit_weights_on_model_save": True},
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+trainer = WatermarkTrainer(
+    model=vit(), train_dataset=Images(), eval_dataset=Images(12), watermark_key=KEY,
+    args=arguments(folder, deepspeed=config, max_steps=13, save_strategy="steps", save_steps=6,
+                   eval_strategy="steps", eval_steps=6, per_device_train_batch_size=4),
+)
+trainer.train()
+trainer.save_model()
+report = {
+    "world": torch.distributed.get_world_size(), "wrapped": type(trainer.model_wrapped).__name__,
+    "margin": trainer.watermark.measure().margin,
+    "logged": [e["watermark_margin"] for e in trainer.state.log_history if "loss" in e],
+}
+(folder / f"report-{torch.distributed.get_rank()}.json").write_text(json.dumps(report))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_trainer_with_zero(tmp_path, stage):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux alone")
+    script = tmp_path / "script.py"
+    script.write_text(TRAINER)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2", str(script), str(tmp_path), str(here), str(stage),
+        ],
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1)]
+    assert reports[0] == reports[1]
+    assert reports[0]["world"] == 2
+    assert reports[0]["wrapped"] == "DeepSpeedEngine"
+    assert reports[0]["margin"] >= 3.99
+    # Projected at steps 1 and 11, and not thrown away in between.
+    assert min(reports[0]["logged"]) > 2.0
+    for folder in ("", "checkpoint-6", "checkpoint-12"):
+        evidence = verify_hub_model(tmp_path / folder, KEY)
+        assert (evidence.found, evidence.matched) == (True, 64)
 
 
 @pytest.mark.distributed
