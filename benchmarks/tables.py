@@ -159,6 +159,40 @@ def architectures() -> str:
     )
 
 
+def tracing() -> str:
+    record = json.loads((RESULTS / "tracing.json").read_text())
+    right, wrong = record["results"]["right_one"], record["results"]["wrong_ones"]
+    settings = record["settings"]
+    recipients, trials = f"{settings['recipients']:,}", settings["trials"]
+    head = ("copy", "named", "log10 p of the best name", "bytes read", "processor time")
+    chances = wrong["corrected_log10_p_all"]
+    share = right["bytes_read"] / right["bytes_total"]
+    rows = (
+        (
+            f"a ViT-B/16 of one of {recipients} recipients",
+            "the right one" if right["named"] == right["handed_to"] else "**a wrong one**",
+            f"{right['log10_p']:.1f}",
+            f"{right['bytes_read'] / 1e6:.2f} MB, {100 * share:.1f}%",
+            f"{right['processor_seconds_median']:.1f} s",
+        ),
+        (
+            f"{trials} copies that none of {recipients} was handed",
+            f"nobody in {trials - wrong['false_names']} of {trials}",
+            f"{min(chances):.1f} to {max(chances):.1f}",
+            "all carriers",
+            f"{wrong['processor_seconds_median']:.1f} s each",
+        ),
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    lines += [
+        "",
+        "All recipients and looks are counted in log10 p. The copies that nobody was handed are",
+        "small (two layers of a ViT-S), half with the owner's mark (`benchmarks/tracing.py`).",
+    ]
+    return "\n".join(lines)
+
+
 def transcript(name: str) -> str:
     text = (RESULTS / f"{name}.txt").read_text().rstrip()
     return f"```text\n{text}\n```"
@@ -171,6 +205,7 @@ SECTIONS = {
     "embedding_choice": embedding_choice,
     "architectures": architectures,
     "verify_cost": verify_cost,
+    "tracing": tracing,
 }
 
 

@@ -511,6 +511,119 @@ class TestOptions:
         assert done.stdout.endswith("\n[]\n")
 
 
+class TestEmbed:
+    """Marks without training: what is said, and what is refused before or while writing."""
+
+    def embed(self, place, *arguments, source="plain", **options):
+        return umbrella("embed", source, "--key", "acme.key", *arguments, cwd=place, **options)
+
+    def test_what_is_said(self, place, tmp_path):
+        done = self.embed(place, "--out", tmp_path / "a", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        said = evidence_of(done)
+        assert said["output"] == str(tmp_path / "a")
+        assert said["carriers"] == [fc1(i) for i in range(LAYERS)]
+        assert (said["unchanged"], said["margin"] > 4, said["log10_p"] < -100) == (
+            False,
+            True,
+            True,
+        )
+        assert verify_hub_model(tmp_path / "a", KEY).found
+        done = self.embed(place, "--out", tmp_path / "b", "--format", "quiet")
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path}/b\n")
+        done = self.embed(place, "--out", tmp_path / "c", source=tmp_path / "a")
+        assert "was there already; no weight was changed" in done.stdout
+        done = self.embed(place, "--out", tmp_path / "d", "--bits", "32")
+        assert re.search(r"marked 6 tensors; the largest changed by \d+\.\d\d%", done.stdout)
+        assert verify_hub_model(tmp_path / "d", KEY).bits == 32
+
+    def test_what_a_person_should_know(self, place, tmp_path):
+        source = save_model(tmp_path / "source", vit(), claim_about(vit(), THIEF))
+        (source / "pytorch_model.bin").write_bytes(b"unmarked")
+        done = self.embed(place, "--out", tmp_path / "out", "--json", source=source)
+        assert done.returncode == 0
+        assert evidence_of(done)["output"]
+        assert done.stderr == (
+            f"Another owner's claim was kept as watermark-{THIEF.fingerprint}.json.\n"
+            "warning: these may hold the weights too, unmarked: pytorch_model.bin\n"
+        )
+
+    def test_pushed(self, hub, tmp_path):
+        save_model(tmp_path / "plain", vit(None))
+        done = self.embed(tmp_path, "--recipient", "customer-17", "--push", "demo/c17", hub=hub)
+        assert done.returncode == 0, done.stderr
+        said = rf"{hub.endpoint}/demo/c17/commit/[0-9a-f]{{40}}: marked 6 tensors; "
+        assert re.match(said, done.stdout), done.stdout
+        assert verify_hub_model("demo/c17", KEY).found
+        assert verify_hub_model("demo/c17", KEY, recipient="customer-17").found
+
+    @pytest.mark.parametrize("limit", [100, 100_000])
+    def test_a_disk_that_is_full(self, place, tmp_path, limit):
+        """A file grows to a limit and no further: the first one, then the weights."""
+        program = (
+            "import resource;"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY));"
+            "from hf_watermark.cli import main; main()"
+        )
+        arguments = ("embed", "plain", "--key", "acme.key", "--out", tmp_path / "new" / "out")
+        done = run(*arguments, program=[sys.executable, "-c", program], cwd=place)
+        refused(done, f"'{tmp_path}/new/out' cannot be written", "Make room", "nothing was left")
+        assert not any(tmp_path.iterdir())
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount")
+    def test_a_file_system_that_is_full(self, place, tmp_path):
+        (tmp_path / "small").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path / "small")]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("no right to mount")
+        try:
+            done = self.embed(place, "--out", tmp_path / "small" / "out")
+            refused(done, "cannot be written", "No space left on device", "Make room")
+            assert not any((tmp_path / "small").iterdir())
+        finally:
+            subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+    def test_an_output_that_is_there(self, place, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_bytes(b"1")
+        done = self.embed(place, "--out", tmp_path / "out")
+        refused(
+            done, f"'{tmp_path}/out' exists", "expected a new or empty folder", "Choose another"
+        )
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+        refused(self.embed(place, "--out", "plain/out"), "lies in the source", "outside of it")
+        assert not (place / "plain" / "out").exists()
+        (tmp_path / "out" / "precious").unlink()
+        assert self.embed(place, "--out", tmp_path / "out").returncode == 0
+
+    def test_sources_that_cannot_be_marked(self, place, tmp_path):
+        (tmp_path / "pickled").mkdir()
+        (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"pickle")
+        (tmp_path / "pickled" / "config.json").write_text("{}")
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / WEIGHTS).write_bytes(bytes(100))
+        for source, words in (
+            ("pickled", ("safetensors", "pytorch_model.bin", "pickles are never opened")),
+            ("empty", ("safetensors",)),
+            ("broken", (WEIGHTS,)),
+            ("none", ("nothing there",)),
+        ):
+            done = self.embed(place, "--out", tmp_path / "out", source=tmp_path / source)
+            refused(done, *words)
+        assert not (tmp_path / "out").exists()
+
+    def test_where_to(self, place, tmp_path):
+        both = ("--out", tmp_path / "out", "--push", "demo/vit")
+        for arguments in ((), both):
+            done = self.embed(place, *arguments)
+            refused(done, "where to write", "either --out DIR or --push REPO", advice=False)
+        refused(self.embed(place, "--out", tmp_path / "out", "--bits", "0"), "bits", advice=False)
+        done = self.embed(place, "--out", tmp_path / "out", "--bits", "4096")
+        refused(done, "too small", "Use Scheme(bits=")
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def copy(place):
     """The same place with a copy marked for a recipient too, and a list of names."""

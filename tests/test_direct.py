@@ -686,7 +686,6 @@ class TestOutputs:
             embed_checkpoint(source, KEY, tmp_path / "new" / "out")
         assert alone(tmp_path) == set()
 
-    @pytest.mark.slow
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount")
     def test_a_file_system_that_is_full(self, tmp_path, source):
         (tmp_path / "small").mkdir()
