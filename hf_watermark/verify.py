@@ -131,6 +131,7 @@ def verify_outputs(
         served: The calibrated watermark, or what its `probes` gave earlier.
         references: Clean models' answers to the same probes, or callables. The owner's clean model
             is always among them; others, distilled from it, sharpen the view of weak suspects.
+            Those that `Probes` hold count too.
         recipient: Whose mark to look for; several to find out whose, all counted as tries. None is
             the owner, or the customer of a view.
         alpha: The chance of a false alarm that is accepted, after correction for all tries.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hf_watermark.errors import OutputsError, SchemeError, SoftLabelError
+from hf_watermark.errors import OutputsError, SchemeError
 from hf_watermark.projections import Doubles
 from hf_watermark.significance import corrected, log10_rademacher_tail
 from hf_watermark.softlabels.detection import (
@@ -122,7 +122,8 @@ def judge(
         probes, names = served.probes(pixel_values), _names(recipient, served.recipient)
     suspect = Outputs.read(_answers(outputs, pixel_values), probes.classes)
     _check_size(suspect, probes)
-    clean = [_reference(one, pixel_values, probes) for one in references]
+    probes = probes.with_references([_answers(one, pixel_values) for one in references])
+    clean = [one.astype(np.float64) for one in probes.references]
     readings: list[tuple[str, Doubles]] = [(CLASSES, class_weights(suspect, probes, clean))]
     if probes.margin is not None:
         readings.append((PAIR, pair_weights(suspect, probes, clean)))
@@ -187,17 +188,6 @@ def _check_size(suspect: Outputs, probes: Probes) -> None:
             got=len(probes),
             do="ask the suspect about more images",
         )
-
-
-def _reference(reference: Any, pixel_values: Any, probes: Probes) -> Doubles:
-    read = Outputs.read(_answers(reference, pixel_values), probes.classes)
-    if len(read.log_probs) != len(probes):
-        raise SoftLabelError(
-            "A reference was asked about other probes",
-            expected=f"{len(probes)} rows",
-            got=len(read.log_probs),
-        )
-    return read.log_probs
 
 
 def _t_for(p: float) -> float:
