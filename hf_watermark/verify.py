@@ -120,8 +120,10 @@ def verify_outputs(
 ) -> OutputEvidence:
     """Whether a suspect learnt from the soft labels of `served`, from its outputs alone.
 
-    Choose probes and references before looking: images that were not used in calibration, or, in
-    margin mode, those that the clean model hardly decides, or logged queries of an account.
+    Choose probes and references before looking, without the customer's signs: images that were not
+    used in calibration; in margin mode, those that the clean model hardly decides, or the logged
+    queries of an account, all of them. Whoever picks probes by how they were answered, accuser or
+    account, can make any model look guilty: the chance that is told holds for no such choice.
 
     Args:
         probs: The suspect's answers to n probes: (n, K) probabilities or their logarithms, rounded

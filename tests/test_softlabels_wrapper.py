@@ -294,6 +294,7 @@ def test_calibration_keeps_the_mode_of_every_module():
 def test_nothing_secret_shows():
     served = calibrated()
     assert KEY.fingerprint in repr(served)
+    assert "0." not in repr(served.lens.map) + repr(served.probes(images(2)))
     for attempt in (pickle.dumps, copy.deepcopy, lambda x: torch.save(x, io.BytesIO())):
         with pytest.raises(TypeError, match="never pickled"):
             attempt(served)
@@ -369,6 +370,11 @@ def test_double_wrapping():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(SoftLabelError):
         SoftLabelWatermark(vit(), KEY, **settings)
+
+
+def test_views_are_not_calibrated():
+    with pytest.raises(SoftLabelError, match="customer's view"):
+        calibrated().for_recipient("a").calibrate(images(640))
 
 
 def test_images_that_break_the_model():

@@ -11,7 +11,7 @@ student of another architecture finds those easier to learn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ def images_needed(width: int, classes: int, count: int) -> int:
     return _IMAGES_PER_COEFFICIENT * (1 + min(2 * classes, width // 2) + min(count, width))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureMap:
     """From a model's penultimate features, logits and low-resolution image to psi.
 
@@ -59,10 +59,10 @@ class FeatureMap:
     """
 
     kind: str
-    own: Floats
-    context: Floats
-    image: Floats
-    offset: Floats
+    own: Floats = field(repr=False)
+    context: Floats = field(repr=False)
+    image: Floats = field(repr=False)
+    offset: Floats = field(repr=False)
 
     @property
     def count(self) -> int:

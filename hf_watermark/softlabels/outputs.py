@@ -19,7 +19,7 @@ _DECIMALS = 5  # an output with more is not told from full precision
 _BLOCK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Outputs:
     """Outputs of a suspect on n probes.
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def image_digests(images: npt.NDArray[np.floating]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probes:
     """The clean model's view of n images, as arrays: what a check needs of it.
 
@@ -49,12 +49,12 @@ class Probes:
     """
 
     key: OwnerKey
-    psi: Floats
-    log_probs: Floats
-    seen: npt.NDArray[np.bool_]
+    psi: Floats = field(repr=False)
+    log_probs: Floats = field(repr=False)
+    seen: npt.NDArray[np.bool_] = field(repr=False)
     top_k: int | None = None
     margin: tuple[float, float] | None = None
-    references: tuple[Floats, ...] = ()
+    references: tuple[Floats, ...] = field(default=(), repr=False)
 
     @property
     def features(self) -> int:

@@ -6,7 +6,7 @@ It holds no signs and no key, but who has it can erase the mark.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ _MAP = ("own", "context", "image", "offset")
 _SETTINGS = ("eps", "top_k", "margin", "head", "expected_price")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SideFile:
     """What is stored.
 
@@ -35,8 +35,8 @@ class SideFile:
     """
 
     map: FeatureMap
-    digests: npt.NDArray[np.uint64]
-    head_norms: npt.NDArray[np.float32]
+    digests: npt.NDArray[np.uint64] = field(repr=False)
+    head_norms: npt.NDArray[np.float32] = field(repr=False)
     settings: dict[str, Any]
 
     def save(self, path: str | os.PathLike[str], key: OwnerKey) -> None:

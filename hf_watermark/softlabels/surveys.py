@@ -23,7 +23,7 @@ __all__ = ["Images", "Survey", "passes", "tap_for"]
 Images = Tensor | npt.NDArray[Any] | Iterable[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Survey:
     """n images as the clean model sees them.
 

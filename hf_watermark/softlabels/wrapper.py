@@ -50,7 +50,8 @@ class SoftLabelWatermark(nn.Module):
             the key may swap them, which reaches students trained on labels alone. See
             `expected_price` after calibration.
         count: How many features; 64, or 128 for two classes. Narrow models have fewer.
-        top_k: How many of the most likely classes are bent: all up to 100 classes, then 32.
+        top_k: How many of the most likely classes are bent; by default all up to 100 classes, then
+            32; K for all.
         head: The name of the layer whose input are the penultimate features, if the wrong one is
             found.
 
@@ -114,8 +115,13 @@ class SoftLabelWatermark(nn.Module):
 
         Raises:
             AttachError: If the model gives no logits (B, K), K >= 2, or has no classifier layer.
-            SoftLabelError: If there are too few images; says how many are needed.
+            SoftLabelError: If there are too few images, saying how many are needed, or this is a
+                customer's view.
         """
+        if self.recipient is not None:
+            raise SoftLabelError(
+                "A customer's view shares the owner's features", do="calibrate that"
+            )
         seen = self._survey(pixel_values, batch_size)
         classes = seen.logits.shape[1]
         count = self._count or (128 if classes == 2 else 64)
@@ -140,11 +146,8 @@ class SoftLabelWatermark(nn.Module):
         self._set_signs()
 
     def _set_signs(self) -> None:
-        feature_map, _ = self.lens.require()
-        key = self._key if self.recipient is None else self._key.for_recipient(self.recipient)
-        signs = chip_signs(key, feature_map.count, feature_map.classes)
-        self.signs = torch.from_numpy(signs.astype(np.float32)).to(self.device)
-        if self.how.top_k is None and feature_map.classes > _MANY_CLASSES:
+        self.signs = self._signs_of(self.recipient).to(self.device)
+        if self.how.top_k is None and self.signs.shape[1] > _MANY_CLASSES:
             self.how = Bend(self.how.eps, _BENT_OF_MANY, self.how.margin)
 
     @property
@@ -223,6 +226,7 @@ class SoftLabelWatermark(nn.Module):
         return torch.cat(parts)[back.to(psi.device)]
 
     def _signs_of(self, name: str | None) -> Tensor:
+        """One customer's signs, (nb, K) float32."""
         key = self._key if name is None else self._key.for_recipient(name)
         feature_map, _ = self.lens.require()
         signs = chip_signs(key, feature_map.count, feature_map.classes)
@@ -362,7 +366,7 @@ class SoftLabelWatermark(nn.Module):
         # torch.save, copy.deepcopy and pools of processes would carry the secret along.
         raise TypeError("A SoftLabelWatermark is never pickled or copied: save() and load() it")
 
-    # What pipelines ask a model for -----------------------------------------------------------
+    # What pipelines ask for -------------------------------------------------------------------
 
     @property
     def config(self) -> Any:
