@@ -19,11 +19,14 @@ __all__ = [
     "MalformedCheckpointError",
     "ModelTooSmallError",
     "NetworkGaveUpError",
+    "NotCalibratedError",
     "NotSafetensorsError",
+    "OutputsError",
     "RepoMissingError",
     "RevisionMissingError",
     "SchemeError",
     "ShardedParameterError",
+    "SoftLabelError",
     "WatermarkError",
 ]
 
@@ -127,3 +130,15 @@ class NetworkGaveUpError(HubError):
 
 class CardConflictError(HubError):
     """The model card changed between reading and writing."""
+
+
+class SoftLabelError(WatermarkError):
+    """A soft-label watermark cannot be set up, stored or read as asked."""
+
+
+class NotCalibratedError(SoftLabelError, RuntimeError):
+    """A soft-label watermark serves nothing before it has seen images."""
+
+
+class OutputsError(WatermarkError, ValueError):
+    """A suspect's outputs are not what a classifier of these classes gives."""

@@ -11,9 +11,17 @@ import math
 
 from hf_watermark.errors import SchemeError
 
-__all__ = ["corrected", "log10_binomial_tail", "log10_normal_tail", "odds_in_words"]
+__all__ = [
+    "corrected",
+    "log10_binomial_tail",
+    "log10_normal_tail",
+    "log10_rademacher_tail",
+    "odds_in_words",
+]
 
 _LN10 = math.log(10.0)
+# 1 / (4 Q(sqrt 2)), about 3.178.
+_BENTKUS_DZINDZALIETA = 1.0 / (2.0 * math.erfc(1.0))
 
 
 def log10_normal_tail(t: float) -> float:
@@ -37,6 +45,25 @@ def log10_normal_tail(t: float) -> float:
         denominator = t + k / denominator
     log_density = -0.5 * t * t - 0.5 * math.log(2.0 * math.pi)
     return (log_density - math.log(denominator)) / _LN10
+
+
+def log10_rademacher_tail(t: float) -> float:
+    """An upper bound on log10 P(a_1 e_1 + ... + a_n e_n >= t), e_i = +-1 fair, sum a_i^2 <= 1.
+
+    min(exp(-t^2/2), c Q(t)) with the best possible c = 1 / (4 Q(sqrt 2)), for all weights and n:
+    Hoeffding 1963, theorem 2; Bentkus & Dzindzalieta 2015, "A tight Gaussian bound for weighted
+    sums of Rademacher random variables", Bernoulli 21(2), theorem 1.1. The first is the smaller
+    one below t = .67 alone.
+
+    Args:
+        t: The sum that was seen, in standard deviations.
+
+    Raises:
+        SchemeError: If `t` is not a number.
+    """
+    gaussian = math.log10(_BENTKUS_DZINDZALIETA) + log10_normal_tail(t)
+    hoeffding = -0.5 * t * t / _LN10 if t > 0.0 else 0.0
+    return min(hoeffding, gaussian)
 
 
 def log10_binomial_tail(matched: int, bits: int) -> float:

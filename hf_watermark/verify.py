@@ -1,7 +1,7 @@
-"""Is this model marked with that key? Read, extract, judge: `verify_hub_model`.
+"""Is this model marked with that key? Read, extract, judge: `verify_hub_model`, `verify_outputs`.
 
 Needs neither torch nor transformers, runs nobody's code, and fetches a few ranges of the suspect's
-safetensors.
+safetensors, or takes the outputs that somebody else got from it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_watermark.carriers import Carrier, choose_carriers
 from hf_watermark.checkpoint import Checkpoint, Files
@@ -24,6 +24,10 @@ from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect
 from hf_watermark.scheme import Scheme
 
+if TYPE_CHECKING:
+    from hf_watermark.softlabels.probes import Probes
+    from hf_watermark.softlabels.verification import OutputEvidence, Served
+
 __all__ = [
     "DEFAULT_ALPHA",
     "Verification",
@@ -31,6 +35,7 @@ __all__ = [
     "check_key",
     "verify",
     "verify_hub_model",
+    "verify_outputs",
     "what_to_read",
 ]
 
@@ -105,6 +110,46 @@ def verify_hub_model(
         token=token,
         progress=progress,
     ).evidence
+
+
+def verify_outputs(
+    probs: Any,
+    pixel_values: Any,
+    served: Served | Probes,
+    references: Sequence[Any] = (),
+    recipient: str | Sequence[str] | None = None,
+    alpha: float = DEFAULT_ALPHA,
+) -> OutputEvidence:
+    """Whether a suspect learnt from the soft labels of `served`, from its outputs alone.
+
+    Choose probes and references before looking, without the customer's signs: images that were not
+    used in calibration; in margin mode, those that the clean model hardly decides, or the logged
+    queries of an account, all of them. Whoever picks probes by how they were answered, accuser or
+    account, can make any model look guilty: the chance that is told holds for no such choice.
+
+    Args:
+        probs: The suspect's answers to n probes: (n, K) probabilities or their logarithms, rounded
+            or top-k (0 or -inf where silent) as they may be, or (n,) labels; or a callable that
+            gives them. Which of these is found out and said.
+        pixel_values: The probes, (n, C, H, W); not used if `served` is `Probes`.
+        served: The calibrated watermark, or what its `probes` gave earlier.
+        references: Clean models' answers to the same probes, or callables. The owner's clean model
+            is always among them; others, distilled from it, sharpen the view of weak suspects.
+            Those that `Probes` hold count too.
+        recipient: Whose mark to look for; several to find out whose, all counted as tries. None is
+            the owner, or the customer of a view.
+        alpha: The chance of a false alarm that is accepted, after correction for all tries.
+
+    Raises:
+        OutputsError: If the answers are no distributions over K classes, hold NaN, are not one for
+            every probe, or are too few.
+
+    Warns:
+        UserWarning: If probes were used in calibration.
+    """
+    from hf_watermark.softlabels.verification import judge
+
+    return judge(probs, pixel_values, served, references, recipient, alpha)
 
 
 def verify(

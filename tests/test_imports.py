@@ -39,6 +39,14 @@ LIGHT = (
     "hf_watermark.checkpoint",
     "hf_watermark.claims",
     "hf_watermark.readings",
+    "hf_watermark.softlabels",
+    "hf_watermark.softlabels.chips",
+    "hf_watermark.softlabels.features",
+    "hf_watermark.softlabels.outputs",
+    "hf_watermark.softlabels.secret_files",
+    "hf_watermark.softlabels.probes",
+    "hf_watermark.softlabels.detection",
+    "hf_watermark.softlabels.verification",
     "hf_watermark.verify",
 )
 HEAVY = ("torch", "transformers", "scipy", "accelerate", "datasets", "matplotlib", "pandas")
@@ -51,7 +59,8 @@ for name in {LIGHT!r}:
 
 from hf_watermark import OwnerKey
 from hf_watermark.significance import odds_in_words
-from hf_watermark.verify import verify_hub_model
+from hf_watermark.softlabels.probes import Probes
+from hf_watermark.verify import verify_hub_model, verify_outputs
 
 folder, key_file = sys.argv[1:]
 key = OwnerKey.load(key_file, "a passphrase")
@@ -60,6 +69,15 @@ assert evidence.found, evidence
 odds_in_words(evidence.log10_p), evidence.to_json(), repr(key.for_recipient("a"))
 assert not verify_hub_model(folder, OwnerKey.generate(), read="all").found
 assert verify_hub_model(folder).verdict == "not checked"
+
+import numpy as np
+
+psi, clean = np.random.default_rng(0).standard_normal((2, 100, 8)).astype(np.float32)
+clean -= np.log(np.exp(clean).sum(1, keepdims=True))
+probes = Probes(key, psi, clean, np.zeros(100, bool))
+suspect = clean + psi @ probes.signs("a") / 3
+suspect -= np.log(np.exp(suspect).sum(1, keepdims=True))
+assert verify_outputs(suspect, None, probes, recipient=["b", "a"]).recipient == "a"
 print([name for name in {HEAVY!r} if sys.modules.get(name)])
 """
 
@@ -182,7 +200,8 @@ def test_only_hub_and_card_import_huggingface_hub():
 
 def test_light_modules_import_no_heavy_library_even_lazily():
     for module in LIGHT:
-        name = module.partition(".")[2] or "__init__"
+        name = module.partition(".")[2].replace(".", "/") or "__init__"
+        name = name if name in IMPORTS else f"{name}/__init__"
         assert IMPORTS[name].isdisjoint(HEAVY), name
 
 
@@ -201,10 +220,17 @@ def test_data_flows_one_way():
         "checkpoint",
         "claims",
         "readings",
+        "softlabels.chips",
+        "softlabels.features",
+        "softlabels.outputs",
+        "softlabels.secret_files",
+        "softlabels.probes",
+        "softlabels.detection",
+        "softlabels.verification",
         "verify",
     ]
     for place, name in enumerate(flow):
-        tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+        tree = ast.parse(SOURCES[name.replace(".", "/")].read_text(encoding="utf-8"))
         ours = {
             node.module.partition(".")[2]
             for node in ast.walk(tree)

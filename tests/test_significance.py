@@ -20,6 +20,7 @@ from hf_watermark.significance import (
     corrected,
     log10_binomial_tail,
     log10_normal_tail,
+    log10_rademacher_tail,
     odds_in_words,
 )
 
@@ -108,6 +109,50 @@ def test_normal_tail_at_the_ends():
     assert log10_normal_tail(0.0) == math.log10(0.5)
     with pytest.raises(SchemeError, match="not a number"):
         log10_normal_tail(math.nan)
+
+
+# The Rademacher tail ------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=12).filter(any))
+@settings(deadline=None)
+def test_rademacher_tail_bounds_every_sum_of_signs(weights):
+    """Against all 2^n sums, at each of their values."""
+    a = np.array(weights) / np.linalg.norm(weights)
+    sums = np.sort(np.array(list(itertools.product((-1.0, 1.0), repeat=len(a)))) @ a)
+    exceeding = np.arange(len(sums), 0, -1) / len(sums)
+    for t, p in zip(sums, exceeding, strict=True):
+        assert log10_rademacher_tail(t - 1e-12) >= math.log10(p) - 1e-9
+
+
+def test_rademacher_tail_is_tight_where_its_source_says():
+    """(e_1 + e_2) / sqrt 2 reaches sqrt 2 with chance 1/4."""
+    assert log10_rademacher_tail(math.sqrt(2.0)) == pytest.approx(math.log10(0.25), rel=1e-14)
+
+
+def test_rademacher_tail_by_monte_carlo():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal(640)
+    a /= np.linalg.norm(a)
+    sums = rng.choice((-1.0, 1.0), (20_000, 640)) @ a
+    for t in (0.0, 1.0, 2.0, 3.0):
+        p, bound = float((sums >= t).mean()), 10 ** log10_rademacher_tail(t)
+        assert p <= bound <= 4.0 * p + 0.6 * (t == 0.0)
+
+
+@given(st.floats(-50.0, 1e6), st.floats(-50.0, 1e6))
+@settings(deadline=None)
+def test_rademacher_tail_falls_and_is_never_below_the_normal(t, other):
+    t, other = min(t, other), max(t, other)
+    assert 0.0 >= log10_rademacher_tail(t) >= log10_rademacher_tail(other)
+    assert log10_rademacher_tail(t) >= log10_normal_tail(t)
+
+
+def test_rademacher_tail_at_the_ends():
+    assert log10_rademacher_tail(-math.inf) == 0.0
+    assert log10_rademacher_tail(math.inf) == -math.inf
+    with pytest.raises(SchemeError, match="not a number"):
+        log10_rademacher_tail(math.nan)
 
 
 # The binomial tail --------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""`hf-watermark verify-outputs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hf_watermark.cli.terminal import (
+    CONTEXT,
+    FOUND,
+    NOT_FOUND,
+    echo_json,
+    format_options,
+    load_key,
+)
+from hf_watermark.errors import WatermarkError
+
+if TYPE_CHECKING:
+    from hf_watermark.softlabels.verification import OutputEvidence
+
+__all__ = ["verify_outputs"]
+
+
+@click.command("verify-outputs", context_settings=CONTEXT)
+@click.argument("outputs", type=click.Path(dir_okay=False))
+@click.option("--key", "key_file", metavar="FILE", required=True, help="The owner's key file.")
+@click.option(
+    "--probes",
+    "probes_file",
+    metavar="FILE",
+    required=True,
+    help="What served.probes(pixel_values).save(FILE) wrote.",
+)
+@click.option(
+    "--recipient", "names", metavar="NAME", multiple=True, help="A customer to suspect; repeatable."
+)
+@click.option("--recipients", metavar="FILE", help="Customers, one name a line.")
+@click.option(
+    "--reference",
+    "references",
+    metavar="FILE",
+    multiple=True,
+    help="A clean model's outputs on the same probes; repeatable.",
+)
+@click.option(
+    "--alpha",
+    type=float,
+    default=1e-6,
+    show_default=True,
+    metavar="A",
+    help="The chance of a false alarm that is accepted, all tries counted.",
+)
+@format_options
+def verify_outputs(
+    outputs: str,
+    key_file: str,
+    probes_file: str,
+    names: tuple[str, ...],
+    recipients: str | None,
+    references: tuple[str, ...],
+    alpha: float,
+    form: str,
+) -> int:
+    """Whether a suspect learnt from your soft labels, from its outputs alone.
+
+    OUTPUTS is .npz, .npy or .parquet: probabilities, their logarithms, rounded or top-k as they may
+    be, or labels, one row for every probe, in the probes' order. Neither model is needed.
+    Exit status: 0 found, 1 not found, 2 could not be checked.
+
+    \b
+    Example:
+      hf-watermark verify-outputs answers.npz --key acme.key --probes acme.probes
+      hf-watermark verify-outputs answers.parquet --key acme.key --probes acme.probes \\
+          --recipients customers.txt --json
+    """  # noqa: D301
+    from hf_watermark.softlabels.output_files import read_output_file
+    from hf_watermark.softlabels.probes import Probes
+    from hf_watermark.verify import verify_outputs as check
+
+    suspects = [*names, *([] if recipients is None else _lines(recipients))]
+    key = load_key(key_file)
+    probes = Probes.load(probes_file, key)
+    evidence = check(
+        read_output_file(outputs),
+        None,
+        probes,
+        [read_output_file(one) for one in references],
+        suspects or None,
+        alpha,
+    )
+    if form == "json":
+        echo_json(evidence.to_dict())
+    elif form == "human":
+        click.echo(_in_words(evidence, outputs))
+    return FOUND if evidence.found else NOT_FOUND
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise WatermarkError(
+            f"The names in {path} cannot be read", got=getattr(error, "strerror", "no UTF-8")
+        ) from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _in_words(evidence: OutputEvidence, outputs: str) -> str:
+    from hf_watermark.report import chance_in_words, rounded_up
+
+    colour = "green" if evidence.found else "yellow"
+    lines = [click.style(evidence.verdict.upper(), fg=colour, bold=True) + f"  {outputs}", ""]
+    whose = "the owner" if evidence.recipient is None else repr(evidence.recipient)
+    odds = chance_in_words(evidence.log10_p)
+    lines.append(
+        f"  A chance of at most {odds} that a model which never learnt from answers\n"
+        f"  to {whose} agrees this well (log10 p {rounded_up(evidence.log10_p):.2f}, all "
+        f"{evidence.tries} tries counted)."
+    )
+    more = evidence.probes_needed
+    rows = [
+        ("t", f"{evidence.t:.2f} standard deviations"),
+        ("outputs", evidence.outputs),
+        ("probes", f"{evidence.probes}"),
+        ("reading", evidence.reading),
+        ("beside", f"{evidence.references} clean models"),
+        ("key", evidence.key_fingerprint),
+    ]
+    lines += ["", *(f"  {name:<9} {value}" for name, value in rows), ""]
+    if not evidence.found:
+        enough = "no estimate" if more is None else f"about {more} probes (an estimate)"
+        lines.append(f"  Enough to reach p = {evidence.alpha:g}: {enough}.")
+    lines += [f"  {note}" for note in evidence.notes]
+    lines.append(
+        "  Not proven by this: who gave the answers away. That rests on who had them."
+        if evidence.found
+        else "  Not proven by this: that the model is independent. Students trained on labels\n"
+        "  alone carry nothing unless margin mode was on."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""Reading a customer's signs out of a suspect's answers.
+
+Every statistic here is linear in the signs: t = sum(S A) / ||A||, with weights A (nb, K) made from
+the suspect's outputs, the features and clean references alone. For a suspect that never saw answers
+bent by S, the signs are independent of A, and t is a Rademacher sum of unit variance, whatever the
+suspect, the probes and the references: `significance.log10_rademacher_tail` bounds its tail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_watermark.projections import Doubles
+from hf_watermark.softlabels.outputs import Outputs
+from hf_watermark.softlabels.probes import Probes
+
+__all__ = [
+    "CLASSES",
+    "PAIR",
+    "agreement",
+    "class_weights",
+    "fewest_probes",
+    "pair_weights",
+    "probes_needed",
+]
+
+CLASSES, PAIR = "all classes", "top pair"  # the names of the readings
+_SHARE = 0.25  # of the probes, at most, is spent on directions that references explain
+_DUST = 1e-6  # of the largest singular value: below it covariates repeat each other
+_MOST_PAIRS = 4000  # probes of the pair reading: its kernel is (n, n)
+
+
+def fewest_probes(features: int) -> int:
+    """How many probes a check needs: two for every feature."""
+    return 2 * features
+
+
+def agreement(weights: Doubles, signs: npt.NDArray[np.int8]) -> float:
+    """T = sum(S A) / ||A||: 0 for weights of zeros, at most sqrt(nb K).
+
+    Args:
+        weights: A, (nb, K).
+        signs: S, (nb, K).
+    """
+    norm = float(np.linalg.norm(weights))
+    return float((weights * signs).sum()) / norm if norm > 0.0 else 0.0
+
+
+def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles] = ()) -> Doubles:
+    """How every class moves with every feature, (nb, K).
+
+    The suspect's centred log-probabilities are freed of what the clean references explain, brought
+    to the same length probe by probe, and regressed on the features, freed of the same.
+
+    Args:
+        outputs: The suspect's, n probes.
+        probes: The owner's view of the same.
+        references: (n, K) log-probabilities of clean models beside the owner's own.
+    """
+    clean: Doubles = probes.log_probs.astype(np.float64)
+    basis = _covariates([_centred(one) for one in (clean, *references)], [clean, *references])
+    residual = _without(basis, _centred(outputs.log_probs))
+    if probes.top_k is not None and probes.top_k < probes.classes:
+        bent = np.argpartition(-clean, probes.top_k - 1, axis=1)[:, : probes.top_k]
+        mask = np.zeros(clean.shape)
+        np.put_along_axis(mask, bent, 1.0, axis=1)
+        mean = (residual * mask).sum(axis=1, keepdims=True) / probes.top_k
+        residual = (residual - mean) * mask
+    psi = _without(basis, probes.psi.astype(np.float64))
+    return np.linalg.lstsq(psi, _unit_rows(residual), rcond=1e-8)[0].astype(np.float64)
+
+
+def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles] = ()) -> Doubles:
+    """How the clean model's top two classes move against each other with the features, (nb, K).
+
+    For margin mode: probes count by how often a random key overturns their gap. With x_i =
+    psi_i (e_c1 - e_c2)' the weights are the ridge regression of the suspect's preference of c1 over
+    c2 on x; its penalty is the mean eigenvalue of the design.
+
+    Args:
+        outputs: The suspect's, n probes.
+        probes: The owner's view of the same, in margin mode.
+        references: As in `class_weights`.
+    """
+    assert probes.margin is not None
+    strength, limit = probes.margin
+    clean = probes.log_probs.astype(np.float64)
+    order = np.argsort(-clean, axis=1, kind="stable")
+    first, second = order[:, 0], order[:, 1]
+    gap = _pick(np.exp(clean), first) - _pick(np.exp(clean), second)
+    near = np.argsort(gap, kind="stable")[:_MOST_PAIRS]
+    near = near[gap[near] < limit]
+    if len(near) < 2:
+        return np.zeros((probes.features, probes.classes))
+    psi = probes.psi[near].astype(np.float64)
+    spread = strength * np.sqrt(2.0 * np.mean(psi**2, axis=1))
+    # d E[p1 > p2] / d key at a gap, up to a factor: the density of the key's push there.
+    weight = np.exp(-0.5 * (gap[near] / spread) ** 2)
+    first, second = first[near], second[near]
+
+    def preference(log_probs: Doubles) -> Doubles:
+        rows = log_probs[near]
+        return _pick(rows, first) - _pick(rows, second)
+
+    given = [clean, *references]
+    sides = np.zeros((len(near), probes.classes))
+    np.put_along_axis(sides, first[:, None], 1.0, axis=1)
+    np.put_along_axis(sides, second[:, None], -1.0, axis=1)
+    columns = [np.stack([preference(one), preference(np.exp(one))], axis=1) for one in given]
+    basis = _basis(np.concatenate([*columns, sides], axis=1))
+    residual = _without(basis, preference(outputs.log_probs)[:, None])[:, 0]
+    scale = float(np.median(np.abs(residual)))
+    residual = weight * residual / np.sqrt(residual**2 + scale**2 + 1e-30)
+    kernel = (psi @ psi.T) * (sides @ sides.T)
+    ridge = float(np.trace(kernel)) / min(len(near), psi.shape[1] * probes.classes)
+    dual = np.linalg.solve(kernel + ridge * np.eye(len(near)), residual)
+    weights: Doubles = psi.T @ (dual[:, None] * sides)
+    return weights
+
+
+def probes_needed(t: float, probes: int, wanted: float) -> int | None:
+    """How many probes would lift t to `wanted` if it grows like their square root; a guess.
+
+    None if t is too small to tell a mark from chance.
+    """
+    return None if t < 1.5 else max(probes, math.ceil(probes * (wanted / t) ** 2))
+
+
+def _centred(log_probs: Doubles) -> Doubles:
+    centred: Doubles = log_probs - log_probs.mean(axis=1, keepdims=True)
+    return centred
+
+
+def _covariates(centred: Sequence[Doubles], log_probs: Sequence[Doubles]) -> Doubles:
+    return _basis(np.concatenate([*centred, *(np.exp(one) for one in log_probs)], axis=1))
+
+
+def _basis(columns: Doubles) -> Doubles:
+    """An orthonormal basis (n, m) of 1 and the leading directions of standardised columns."""
+    n = len(columns)
+    x = columns - columns.mean(axis=0)
+    scale = x.std(axis=0)
+    x = x[:, scale > 1e-12] / scale[scale > 1e-12]
+    left, singular, _ = np.linalg.svd(x, full_matrices=False)
+    kept = int((singular > _DUST * singular.max(initial=0.0)).sum())
+    constant = np.full((n, 1), 1.0 / math.sqrt(n))
+    return np.concatenate([constant, left[:, : min(kept, int(_SHARE * n))]], axis=1)
+
+
+def _without(basis: Doubles, x: Doubles) -> Doubles:
+    """An array (n, m) less its projection on an orthonormal basis."""
+    left: Doubles = x - basis @ (basis.T @ x)
+    return left
+
+
+def _unit_rows(x: Doubles) -> Doubles:
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    unit: Doubles = x / np.where(norms > 1e-12, norms, 1.0)
+    return unit
+
+
+def _pick(x: Doubles, column: npt.NDArray[np.int64]) -> Doubles:
+    picked: Doubles = np.take_along_axis(x, column[:, None], axis=1)[:, 0]
+    return picked
