@@ -120,9 +120,9 @@ def embedding_choice() -> str:
     lines += [
         "",
         "The same hosts, optimizers and seeds. Accuracies in points: the mean over all cells and",
-        "its range. Seen without the key: the area under the ROC curve by which the most telling of",
-        "four looks at the carriers (size, kurtosis, top singular value, column means) tells marked",
-        "ones from their twins; 0.5 is not at all.",
+        "its range. Seen without the key: the area under the ROC curve by which the most telling",
+        "of four looks at the carriers (size, kurtosis, top singular value, column means) tells",
+        "marked ones from their twins; 0.5 is not at all.",
     ]
     return "\n".join(lines)
 
