@@ -659,8 +659,8 @@ def table(record: dict[str, Any]) -> str:
         "unmarked or with another key, loads with `from_pretrained`, and marking it on disk left "
         "every byte outside the carriers as it was.",
         *(
-            f"{label}: transformers freezes {row['frozen']} of {row['carriers']} carriers; they stay "
-            "as they were, and the others carry their share."
+            f"{label}: transformers freezes {row['frozen']} of {row['carriers']} carriers; they "
+            "stay as they were, and the others carry their share."
             for label, row in rows.items()
             if row.get("frozen")
         ),
