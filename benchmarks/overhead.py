@@ -67,14 +67,26 @@ def make_step(
     return step, watermark
 
 
-def timed(step: Callable[[], None], device: str) -> float:
+def timed(step: Callable[[], None], device: str) -> tuple[float, int]:
+    """Seconds of a step, and the most memory that it took on a GPU beyond what was there."""
+    before = 0
     if device == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     started = time.perf_counter()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+        return time.perf_counter() - started, torch.cuda.max_memory_allocated() - before
+    return time.perf_counter() - started, 0
+
+
+def kept_bytes(watermark: WatermarkLoss) -> int:
+    """What the mark keeps in memory between steps: row signs, projections, Gram matrices."""
+    tensors = [tensor for pair in watermark._cache.values() for tensor in pair]
+    arrays = watermark._grams._kept.values()
+    return sum(t.numel() * t.element_size() for t in tensors) + sum(a.nbytes for a in arrays)
 
 
 def main() -> None:
@@ -92,11 +104,13 @@ def main() -> None:
     plain, _ = make_step(options, None)
     marked, watermark = make_step(options, OwnerKey(options.seed.to_bytes(32, "big")))
     timed(plain, options.device)  # allocates the optimizer's state
-    pairs = []
+    pairs, memory = [], []
     for step in range(options.steps):
         first, second = (plain, marked) if step % 2 else (marked, plain)
-        a, b = timed(first, options.device), timed(second, options.device)
-        pairs.append((b, a) if step % 2 else (a, b))
+        one, other = timed(first, options.device), timed(second, options.device)
+        with_mark, without = (other, one) if step % 2 else (one, other)
+        pairs.append((with_mark[0], without[0]))
+        memory.append((with_mark[1], without[1]))
         print(f"step {step}: ratio {pairs[-1][0] / pairs[-1][1]:.4f}", file=sys.stderr)
     assert watermark is not None  # made with a key
     ratios = [with_mark / without for with_mark, without in pairs]
@@ -108,11 +122,15 @@ def main() -> None:
         "ratios": ratios,
         "ber": watermark.measure().ber,
         "margin": watermark.measure().margin,
+        "kept_bytes": kept_bytes(watermark),
+        "model_bytes": sum(p.numel() * p.element_size() for p in watermark.model.parameters()),
     }
     if options.device == "cuda":
         results["device"] = torch.cuda.get_device_name()
         results["seconds_without"] = statistics.median(p[1] for p in pairs)
         results["seconds_with"] = statistics.median(p[0] for p in pairs)
+        results["peak_bytes_with"] = max(p[0] for p in memory)
+        results["peak_bytes_without"] = max(p[1] for p in memory)
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     record = {
         "question": "What does a training step cost with the mark?",
