@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,20 @@ import numpy.typing as npt
 from hf_watermark.carriers import Carrier, named_carriers, natural_order
 from hf_watermark.checkpoint import Checkpoint, Files
 from hf_watermark.errors import CarrierMissingError, ClaimError
-from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier
+from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier, canonical_json
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
+from hf_watermark.symmetry import layout_of
 
-__all__ = ["FoundClaim", "check_digests", "find_claim", "locate_carriers", "make_claim"]
+__all__ = [
+    "FoundClaim",
+    "check_digests",
+    "find_claim",
+    "locate_carriers",
+    "make_claim",
+    "reference_digest",
+    "reference_tensors",
+]
 
 CLAIM_LIMIT = 4 * 2**20
 
@@ -48,10 +57,48 @@ def make_claim(
         CarrierError: If one is named twice, is no matrix, or none is named.
     """
     claimed = []
+    supports = reference_tensors(checkpoint.shapes(), names)
+    digests: dict[str, str] = {}
     for carrier in named_carriers(checkpoint.shapes(), names):
-        span, digest = checkpoint.tensors[carrier.name], _digest(checkpoint, carrier.name)
-        claimed.append(ClaimedCarrier(carrier.name, span.shape, span.dtype, digest))
+        span = checkpoint.tensors[carrier.name]
+        support = supports.get(carrier.name)
+        for name in (carrier.name, *(support or ())):
+            if name not in digests:
+                digests[name] = _digest(checkpoint, name)
+        reference = None
+        if support is not None:
+            reference = reference_digest({name: digests[name] for name in support})
+        claimed.append(
+            ClaimedCarrier(carrier.name, span.shape, span.dtype, digests[carrier.name], reference)
+        )
     return Claim.make(key, scheme, tuple(claimed), secret_carriers=secret_carriers)
+
+
+def reference_tensors(
+    shapes: Mapping[str, tuple[int, ...]], carriers: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """The tensors that an aligned reading of each carrier needs of the owner's checkpoint.
+
+    No carrier is among them. A carrier that cannot be aligned is left out.
+
+    Args:
+        shapes: The owner's tensors.
+        carriers: The carriers' names.
+    """
+    layout = layout_of(shapes)
+    supports = {}
+    for name in carriers:
+        key = None if layout is None else layout.key(name)
+        if layout is not None and key is not None:
+            support = layout.support(key, carriers)
+            if support is not None and all(support_name in shapes for support_name in support):
+                supports[name] = support
+    return supports
+
+
+def reference_digest(digests: Mapping[str, str]) -> str:
+    """One digest of several tensors, from the sha256 of each by its name, in their order."""
+    return hashlib.sha256(canonical_json(list(digests.items()))).hexdigest()
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:

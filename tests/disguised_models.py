@@ -20,7 +20,9 @@ from disguises import (
     gains_moved,
     hidden_permuted,
     norms_folded,
+    rows_shifted,
     shifted,
+    streams_permuted,
     turned,
 )
 from marked_models import KEY
@@ -68,6 +70,11 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "Beit": lambda: _plain("Beit"),
     "basic": lambda: _resnet("basic", [16, 32, 64], [2, 2, 2]),
     "bottleneck": lambda: _resnet("bottleneck", [64, 128], [2, 2]),
+    "ConvNext": lambda: transformers.ConvNextForImageClassification(
+        transformers.ConvNextConfig(
+            hidden_sizes=[32, 64], depths=[2, 2], num_stages=2, num_labels=10
+        )
+    ),
 }
 
 
@@ -76,7 +83,7 @@ def with_dummies(tensors: Tensors) -> Tensors:
 
 
 def _all_of_a_vit(tensors: Tensors) -> Tensors:
-    return turned(with_dummies(hidden_permuted(gains_moved(tensors))))
+    return turned(with_dummies(hidden_permuted(rows_shifted(gains_moved(tensors)))))
 
 
 def _all_of_a_resnet(tensors: Tensors) -> Tensors:
@@ -87,6 +94,7 @@ _VIT = {
     "hidden units permuted": hidden_permuted,
     "dummy neurons": with_dummies,
     "gains moved": gains_moved,
+    "rows shifted": rows_shifted,
     "stream turned": turned,
     "all": _all_of_a_vit,
 }
@@ -101,6 +109,13 @@ DISGUISES: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {
         "norms folded": norms_folded,
         "all": _all_of_a_resnet,
     },
+}
+DISGUISES["ConvNext"] = {
+    "hidden units permuted": hidden_permuted,
+    "gains moved": gains_moved,
+    "rows shifted": rows_shifted,
+    "streams permuted": streams_permuted,
+    "all": lambda tensors: streams_permuted(hidden_permuted(rows_shifted(gains_moved(tensors)))),
 }
 DISGUISES["bottleneck"] = DISGUISES["basic"]
 HARMLESS = ("constants shifted", "norms folded")
@@ -156,7 +171,11 @@ def model(family: str, seed: int = 0) -> Model:
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
-            if parameter.ndim == 1 and ("norm" in name or "lambda" in name) and "bias" not in name:
+            if (
+                parameter.ndim == 1
+                and ("norm" in name or "lambda" in name or "layer_scale" in name)
+                and "bias" not in name
+            ):
                 parameter.copy_(1.0 + 0.3 * noise)
             elif parameter.ndim == 1:
                 parameter.copy_(0.1 * noise)

@@ -44,6 +44,9 @@ def _blocks(tensors: Tensors) -> list[dict[str, str]]:
         elif match := re.fullmatch(r"(.*layer\.\d+\.)mlp\.fc1\.weight", name):
             block, parts = match[1], ("mlp.fc1", "mlp.fc2")
             norms, scales = ("norm1", "norm2"), ("layer_scale1.lambda1", "layer_scale2.lambda1")
+        elif match := re.fullmatch(r"(.*layers\.\d+\.)pwconv1\.weight", name):
+            block, parts = match[1], ("pwconv1", "pwconv2")
+            norms, scales = ("", "layernorm"), ("", "layer_scale_parameter")
         else:
             continue
         found.append(
@@ -103,6 +106,18 @@ def gains_moved(tensors: Tensors, seed: int = 0) -> Tensors:
         for part in ("weight", "bias"):
             changed[f"{names['after']}.{part}"] = tensors[f"{names['after']}.{part}"] * factor
         changed[f"{names['fc1']}.weight"] = tensors[f"{names['fc1']}.weight"] / factor
+    return _write_all(changed, tensors)
+
+
+def rows_shifted(tensors: Tensors, seed: int = 0) -> Tensors:
+    """A constant, larger than the weights, added to each row behind a LayerNorm's gain."""
+    changed = dict(tensors)
+    for i, names in enumerate(_blocks(tensors)):
+        w, gain = tensors[f"{names['fc1']}.weight"], tensors[f"{names['after']}.weight"]
+        constant = 10.0 * w.std() * torch.randn(len(w), 1, generator=_random(seed + i))
+        changed[f"{names['fc1']}.weight"] = w + constant / gain
+        shift = constant[:, 0] * (tensors[f"{names['after']}.bias"] / gain).sum()
+        changed[f"{names['fc1']}.bias"] = tensors[f"{names['fc1']}.bias"] - shift
     return _write_all(changed, tensors)
 
 
@@ -171,6 +186,39 @@ def shifted(tensors: Tensors, seed: int = 0) -> Tensors:
     patches = 2 if f"{prefix}distillation_token" in tensors else 1
     moved[:, patches:] -= shift[1]
     return _write_all(changed | {position: moved}, tensors)
+
+
+# ConvNeXt -----------------------------------------------------------------------------------------
+
+
+def streams_permuted(tensors: Tensors, seed: int = 0) -> Tensors:
+    """The channels of every stage of a ConvNeXt in another order."""
+    changed = dict(tensors)
+    stages = sorted({int(m[1]) for name in tensors if (m := re.search(r"stages\.(\d+)\.", name))})
+    prefix = next(n for n in tensors if n.endswith("dwconv.weight")).split("encoder.")[0]
+    orders = {}
+    for stage in stages:
+        here = f"{prefix}encoder.stages.{stage}."
+        width = len(tensors[f"{here}layers.0.dwconv.weight"])
+        orders[stage] = order = torch.randperm(width, generator=_random(seed + stage))
+        for name, tensor in tensors.items():
+            if not name.startswith(here):
+                continue
+            if "pwconv1" in name:
+                changed[name] = tensor[:, order] if name.endswith("weight") else tensor
+            elif "downsampling_layer.0" in name:
+                changed[name] = tensor[orders[stage - 1]]
+            elif name.endswith("downsampling_layer.1.weight"):
+                changed[name] = tensor[order][:, orders[stage - 1]]
+            else:
+                changed[name] = tensor[order]
+    for name, tensor in tensors.items():
+        if name.startswith(f"{prefix}embeddings."):
+            changed[name] = tensor[orders[0]]
+        elif name.startswith(f"{prefix}layernorm."):
+            changed[name] = tensor[orders[stages[-1]]]
+    changed["classifier.weight"] = tensors["classifier.weight"][:, orders[stages[-1]]]
+    return _write_all(changed, tensors)
 
 
 # ResNets ------------------------------------------------------------------------------------------

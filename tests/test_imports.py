@@ -21,6 +21,7 @@ from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.projections import Projection
 
 PACKAGE = Path(hf_watermark.__file__).parent
+STANDARD = {"collections", "dataclasses", "re"}
 SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")
 }
@@ -37,7 +38,9 @@ LIGHT = (
     "hf_watermark.evidence",
     "hf_watermark.safetensors_ranges",
     "hf_watermark.checkpoint",
+    "hf_watermark.symmetry",
     "hf_watermark.claims",
+    "hf_watermark.references",
     "hf_watermark.readings",
     "hf_watermark.verify",
 )
@@ -183,6 +186,7 @@ def test_only_hub_and_card_import_huggingface_hub():
 def test_light_modules_import_no_heavy_library_even_lazily():
     for module in LIGHT:
         name = module.partition(".")[2] or "__init__"
+        name = name if name in SOURCES else f"{name}/__init__"
         assert IMPORTS[name].isdisjoint(HEAVY), name
 
 
@@ -199,18 +203,38 @@ def test_data_flows_one_way():
         "evidence",
         "safetensors_ranges",
         "checkpoint",
+        "symmetry",
         "claims",
+        "references",
         "readings",
         "verify",
     ]
-    for place, name in enumerate(flow):
-        tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
-        ours = {
-            node.module.partition(".")[2]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_watermark")
-        }
-        assert ours - {"hub"} <= set(flow[:place]), name  # hub: lazily, to open what is not local
+    for place, room in enumerate(flow):
+        for name, path in SOURCES.items():
+            if name.partition("/")[0] != room:
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            ours = {
+                node.module.split(".")[1]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom)
+                and (node.module or "").startswith("hf_watermark.")
+            }
+            # hub: lazily, to open what is not local
+            assert ours - {"hub", room} <= set(flow[:place]), name
+
+
+def test_symmetry_needs_numpy_alone_and_scipy_late():
+    for name, path in SOURCES.items():
+        if name.startswith("symmetry/"):
+            assert IMPORTS[name] <= {"__future__", "numpy", "scipy", "hf_watermark"} | STANDARD, (
+                name
+            )
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            at_once = [
+                node for node in body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            ]
+            assert "scipy" not in imported(ast.Module(at_once, [])), name
 
 
 def test_library_code_neither_prints_nor_exits():

@@ -47,15 +47,16 @@ class TestDisguises:
         raw = {c.name: disguised[c.name].numpy() for c in carriers_of(owner.tensors)}
         same = all(raw[c.name].shape == c.shape for c in carriers_of(owner.tensors))
         if same:
-            assert (reading(owner.tensors, raw).soft > 4.5) is (name in HARMLESS)
+            soft = reading(owner.tensors, raw).soft
+            assert soft > 25.0 if name in HARMLESS else soft < 10.0
         found = reading(owner.tensors, aligned(owner.tensors, disguised))
         assert found.soft > 30.0
         assert found.matched == 64
 
     @pytest.mark.parametrize("sigma", [0.05, 0.2])
-    def test_and_noise_on_top(self, family, name, sigma):
+    def test_of_a_disturbed_copy(self, family, name, sigma):
         owner = marked(family)
-        copy = disturbed(DISGUISES[family][name](owner.tensors), sigma)
+        copy = DISGUISES[family][name](disturbed(owner.tensors, sigma))
         assert reading(owner.tensors, aligned(owner.tensors, copy)).soft > 20.0
 
     def test_an_innocent_is_not_found(self, family, name):

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_watermark.symmetry.alignment import Alignment, Side
+from hf_watermark.symmetry.convnexts import convnext_layout
 from hf_watermark.symmetry.layouts import Layout, Shape
 from hf_watermark.symmetry.resnets import resnet_layout
 from hf_watermark.symmetry.vits import vit_layout
 
 __all__ = ["Alignment", "Layout", "Side", "layout_of"]
 
-_FAMILIES = (resnet_layout, vit_layout)
+_FAMILIES = (resnet_layout, vit_layout, convnext_layout)
 
 
 def layout_of(shapes: Mapping[str, Shape]) -> Layout | None:

@@ -43,15 +43,11 @@ class Side:
         if w is None or gains is None or not _fit(gains, w):
             return None
         w = w * gains[0].reshape(-1, 1, 1) * gains[1].reshape(1, -1, 1)
-        if layer.repeats > 1:
-            rows, columns, taps = w.shape
-            if columns % layer.repeats:
-                return None
-            w = w.reshape(rows, layer.repeats, columns // layer.repeats, taps)
-            w = w.transpose(0, 2, 1, 3).reshape(rows, columns // layer.repeats, -1)
+        if layer.column_gain:
+            w = w - w.mean(axis=1, keepdims=True)  # the normalisation before it takes the mean out
         for place, axis in enumerate((layer.rows, layer.columns)):
             if axis and self.layout.axes[axis].turns:
-                w = w - w.mean(axis=place, keepdims=True)  # the normalisation ignores the mean
+                w = w - w.mean(axis=place, keepdims=True)  # every reader ignores the mean
         return w
 
     def gains(self, key: str) -> tuple[Doubles, Doubles] | None:
@@ -150,8 +146,6 @@ class Alignment:
         if not _fit(gains, w):
             return None
         w = equalised(w * _sign(gains[0]).reshape(-1, 1, 1) * _sign(gains[1]).reshape(1, -1, 1))
-        if layer.repeats > 1:
-            w = w.reshape(len(w), w.shape[1], layer.repeats, -1).transpose(0, 2, 1, 3)
         if len(w) != shape[0] or w.size != np.prod(shape, dtype=object):
             return None
         return w.reshape(len(w), -1).astype(np.float32)

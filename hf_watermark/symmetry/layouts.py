@@ -19,10 +19,10 @@ class Layer:
         rows: The axis of its rows; empty if their order is fixed (positions).
         columns: The axis of its columns; empty if fixed (colours, pixels).
         row_gain: A normalisation's gain or a layer scale behind it; empty if there is none.
-        column_gain: The gain of the normalisation before it, or empty.
+        column_gain: The gain of the LayerNorm before it, which makes the mean of its columns
+            meaningless, or empty.
         first: What is added to the first row: a class token to its position.
         others: What is added to the other rows: the patches' bias to their positions.
-        repeats: How often its columns run through their axis.
     """
 
     weight: str
@@ -32,7 +32,6 @@ class Layer:
     column_gain: str = ""
     first: str = ""
     others: str = ""
-    repeats: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
