@@ -26,6 +26,7 @@ __all__ = [
     "locate_carriers",
     "make_claim",
     "reference_digest",
+    "reference_digests",
     "reference_tensors",
 ]
 
@@ -39,6 +40,7 @@ def make_claim(
     names: Sequence[str],
     *,
     secret_carriers: bool = False,
+    references: Mapping[str, str] | None = None,
 ) -> Claim:
     """The signed claim of `key` over tensors of a checkpoint.
 
@@ -48,6 +50,8 @@ def make_claim(
         scheme: How the mark was embedded.
         names: The carriers' names in the checkpoint, in the order of the key's streams.
         secret_carriers: Keep the names out of the public copy.
+        references: From `reference_digests`, if the tensors that they cover never felt the mark;
+            they allow an aligned reading.
 
     Returns:
         The owner's own copy; publish its `public` form.
@@ -56,21 +60,12 @@ def make_claim(
         CarrierMissingError: If the checkpoint has no tensor of that name.
         CarrierError: If one is named twice, is no matrix, or none is named.
     """
+    references = references or {}
     claimed = []
-    supports = reference_tensors(checkpoint.shapes(), names)
-    digests: dict[str, str] = {}
     for carrier in named_carriers(checkpoint.shapes(), names):
-        span = checkpoint.tensors[carrier.name]
-        support = supports.get(carrier.name)
-        for name in (carrier.name, *(support or ())):
-            if name not in digests:
-                digests[name] = _digest(checkpoint, name)
-        reference = None
-        if support is not None:
-            reference = reference_digest({name: digests[name] for name in support})
-        claimed.append(
-            ClaimedCarrier(carrier.name, span.shape, span.dtype, digests[carrier.name], reference)
-        )
+        span, digest = checkpoint.tensors[carrier.name], _digest(checkpoint, carrier.name)
+        reference = references.get(carrier.name)
+        claimed.append(ClaimedCarrier(carrier.name, span.shape, span.dtype, digest, reference))
     return Claim.make(key, scheme, tuple(claimed), secret_carriers=secret_carriers)
 
 
@@ -94,6 +89,17 @@ def reference_tensors(
             if support is not None and all(support_name in shapes for support_name in support):
                 supports[name] = support
     return supports
+
+
+def reference_digests(checkpoint: Checkpoint, carriers: Sequence[str]) -> dict[str, str]:
+    """What a claim says of the tensors that align each of its carriers, by the carrier's name."""
+    supports = reference_tensors(checkpoint.shapes(), carriers)
+    names = {name for support in supports.values() for name in support}
+    digests = {name: _digest(checkpoint, name) for name in sorted(names)}
+    return {
+        carrier: reference_digest({name: digests[name] for name in support})
+        for carrier, support in supports.items()
+    }
 
 
 def reference_digest(digests: Mapping[str, str]) -> str:

@@ -50,7 +50,7 @@ class ClaimedCarrier:
         dtype: Its safetensors dtype.
         sha256: Digest of its bytes in the file, 64 hexadecimal digits.
         reference: Digest of the tensors beside it that an aligned reading compares a suspect with;
-            None where there is no such reading.
+            None where there is no such reading, as for marks that were trained.
     """
 
     name: str

@@ -10,9 +10,13 @@ The claim holds a digest of these tensors for every carrier, so the reference wa
 mark was claimed. It must be: somebody free to choose the order of the reference's channels
 afterwards could fit it to any key and any model.
 
-What the null rests on is that the key is independent of these tensors. A mark made without
-training leaves them as they were, so there that is exact. Training with a mark moves them a
-little; no effect of that on p-values was seen.
+Only marks in closed form have such digests (`embed_checkpoint`). What the null rests on is that the
+key is independent of the tensors that are compared; the closed form leaves them as they were. They
+know of a mark that they were trained beside: each unit's output weights answer to its input
+weights, mark and all, so that matching by the former picks units that look marked. Measured on
+small ConvNeXts: innocents trained from the same start as the owner's model read 2 sigmas on average
+with his own key. For a model that was trained with its mark, add one in closed form, with another
+key: `hf-watermark embed`.
 """
 
 from __future__ import annotations

@@ -83,8 +83,9 @@ def verify_hub_model(
         align: `auto` or `never`: whether to undo function-preserving disguises (channels
             reordered, scaled, negated, added; a residual stream rotated) when the raw reading
             fails. The suspect is compared with the owner's original, read by range where `claim`
-            lies: his repo or folder, or that of the claim's file. Otherwise, and for families
-            without an aligned reading, the raw weights alone are read, and the notes say so.
+            lies: his repo or folder, or that of the claim's file; its mark must have been made in
+            closed form. Otherwise, and for families without an aligned reading, the raw weights
+            alone are read, and the notes say so.
         read: `auto` stops once the corrected p-value passes alpha; `all` reads every carrier.
         token: For private and gated repos; None takes the one huggingface_hub knows.
         progress: Called with weights read and weights planned.
@@ -252,7 +253,10 @@ def _aligner(
             "with --claim."
         )
     if not any(claimed.reference for claimed in found.claim.carriers):
-        return None, f"{only}the claim fixes nothing to compare disguised weights with."
+        return None, (
+            f"{only}the claim fixes nothing to compare disguised weights with, as a mark that was "
+            "trained cannot; one in closed form can (hf-watermark embed, with another key)."
+        )
     return Aligner(original, found.claim, checkpoint, layout), ""
 
 

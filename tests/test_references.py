@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from hf_watermark import Claim
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
-from hf_watermark.claims import make_claim, reference_tensors
+from hf_watermark.claims import make_claim, reference_digests, reference_tensors
+from hf_watermark.direct import embed_checkpoint
 from hf_watermark.errors import CarrierError
 from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.readings import Plan
@@ -133,7 +134,9 @@ class TestNotFound:
         folder = tmp_path / "theirs"
         shutil.copytree(owner.folder, folder)
         names = [c.name for c in carriers_of(owner.tensors)]
-        claim = make_claim(Checkpoint.open(FolderFiles(folder)), THIEF, Scheme(), names)
+        checkpoint = Checkpoint.open(FolderFiles(folder))
+        references = reference_digests(checkpoint, names)
+        claim = make_claim(checkpoint, THIEF, Scheme(), names, references=references)
         (folder / CLAIM_FILE).write_bytes(claim.to_bytes())
         evidence = verify_hub_model(steal(tmp_path, family), THIEF, claim=folder)
         assert evidence.verdict == "not found"
@@ -201,11 +204,39 @@ class TestClaims:
         assert verdict == "not found"
         assert "the claim fixes nothing to compare" in notes
 
+    def test_layers_that_were_trained_beside_the_mark_are_not_compared(self, tmp_path):
+        """They know of it: see `references`."""
+        owner = marked("ViT")
+        names = [c.name for c in carriers_of(owner.tensors)]
+        trained = disturbed({n: t for n, t in owner.tensors.items() if n not in names}, 0.01)
+        folder = save(tmp_path / "trained", owner.tensors | trained, owner.config)
+        for earlier in (True, False):
+            again = tmp_path / f"again-{earlier}"
+            if earlier:
+                shutil.copy(owner.folder / CLAIM_FILE, folder)
+            else:
+                (folder / CLAIM_FILE).unlink()
+            embed_checkpoint(folder, KEY, again)
+            assert b"reference" not in (again / CLAIM_FILE).read_bytes()
+        other = tmp_path / "another key"
+        embed_checkpoint(folder, THIEF, other)
+        assert b"reference" in (other / CLAIM_FILE).read_bytes()
+
+    def test_marking_again_keeps_what_was_fixed(self, tmp_path):
+        owner = marked("basic")
+        embed_checkpoint(owner.folder, KEY, tmp_path / "again", recipient="customer-17")
+        again = Claim.from_bytes((tmp_path / "again" / CLAIM_FILE).read_bytes(), "")
+        fixed = [claimed.reference for claimed in claim_of(owner).carriers]
+        assert [claimed.reference for claimed in again.carriers] == fixed
+
     def test_secret_carriers_stay_secret(self, tmp_path):
         owner = marked("ViT")
         names = [carriers_of(owner.tensors)[1].name]
         checkpoint = Checkpoint.open(FolderFiles(owner.folder))
-        claim = make_claim(checkpoint, KEY, Scheme(), names, secret_carriers=True)
+        references = reference_digests(checkpoint, names)
+        claim = make_claim(
+            checkpoint, KEY, Scheme(), names, secret_carriers=True, references=references
+        )
         assert claim.carriers[0].reference is not None
         assert b"reference" not in claim.public.to_bytes()
 

@@ -86,7 +86,8 @@ class Alignment:
     are never read. So under the null hypothesis, where the key is independent of the suspect and
     of those tensors, it is independent of the aligned carrier too, and the statistics, which are
     exact for any weights that do not depend on the key, keep their distribution. What is taken
-    from the suspect, carriers and all, does not matter to that.
+    from the suspect, carriers and all, does not matter to that. The reference must not have been
+    trained with the mark: then its other tensors know of it (see `references`).
 
     Args:
         reference: The owner's own checkpoint.
