@@ -54,9 +54,11 @@ def reference_files(
         return None
     if found.files is not None:
         return found.files if found.files is not suspect else None
+    folder = Path(os.path.abspath(given)).parent
     try:
-        return FolderFiles(Path(os.path.abspath(given)).parent)
-    except CheckpointError:
+        # A claim may lie anywhere, at home among a thousand folders: look before listing them.
+        return FolderFiles(folder) if any(folder.glob("*.safetensors")) else None
+    except (CheckpointError, OSError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -99,7 +100,7 @@ class TestFound:
         refused(run(*options, "--align", "never", hub=loopback_hub), "none of the carriers")
         done = run(*options, hub=loopback_hub)
         assert done.returncode == 0
-        assert "aligned" in done.stdout
+        assert "put back into the order" in done.stdout
         assert "that was undone" in done.stdout
 
     def test_one_carrier_left(self, tmp_path):
@@ -118,6 +119,54 @@ class TestFound:
         copy = {name.removeprefix("vit."): tensor for name, tensor in copy.items()}
         stolen = save(tmp_path / "stolen", copy, owner.config)
         assert verify_hub_model(stolen, KEY, claim=owner.folder).reading == "aligned"
+
+    @pytest.mark.parametrize("family", ["ViT", "basic", "bottleneck", "ConvNext"])
+    def test_under_another_librarys_names(self, tmp_path, family):
+        owner = marked(family)
+        copy = renamed(DISGUISES[family]["all"](owner.tensors))
+        stolen = save(tmp_path / "stolen", copy, owner.config)
+        evidence = verify_hub_model(stolen, KEY, claim=owner.folder)
+        assert (evidence.verdict, evidence.reading) == ("found", "aligned")
+        assert all(name in copy for name in evidence.carriers)
+
+
+TIMM = (
+    (r"^vit\.encoder\.layer\.", "blocks."),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"attention\.output\.dense", "attn.proj"),
+    (r"(\d+)\.output\.dense", r"\1.mlp.fc2"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^vit\.embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^vit\.embeddings\.position_embeddings", "pos_embed"),
+    (r"^vit\.embeddings\.cls_token", "cls_token"),
+    (r"^convnext\.embeddings\.patch_embeddings", "stem.0"),
+    (r"^convnext\.encoder\.(stages\.\d+)\.layers", r"\1.blocks"),
+    (r"^convnext\.encoder\.(stages\.\d+)\.downsampling_layer", r"\1.downsample"),
+    (r"dwconv", "conv_dw"),
+    (r"(blocks\.\d+)\.layernorm", r"\1.norm"),
+    (r"pwconv(\d)", r"mlp.fc\1"),
+    (r"layer_scale_parameter", "gamma"),
+    (r"^resnet\.embedder\.embedder\.convolution", "conv1"),
+    (r"^resnet\.embedder\.embedder\.normalization", "bn1"),
+    (r"shortcut\.convolution", "downsample.0"),
+    (r"shortcut\.normalization", "downsample.1"),
+)
+
+
+def renamed(tensors):
+    """The names of timm, which are those of torchvision for a ResNet."""
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, new in TIMM:
+            name = re.sub(pattern, new, name)
+        if match := re.fullmatch(r"resnet\.encoder\.stages\.(\d)\.layers\.(\d)\.(.*)", name):
+            name = f"layer{int(match[1]) + 1}.{match[2]}.{match[3]}"
+        if match := re.fullmatch(r"(layer\d\.\d)\.layer\.(\d)\.(\w+)\.(\w+)", name):
+            part = {"convolution": "conv", "normalization": "bn"}[match[3]]
+            name = f"{match[1]}.{part}{int(match[2]) + 1}.{match[4]}"
+        found[name] = tensor
+    return found
 
 
 class TestNotFound:
@@ -242,13 +291,25 @@ class TestClaims:
 
 
 class TestNotes:
+    def test_a_mark_that_was_trained(self, tmp_path):
+        """The trainer's claims fix nothing to compare: the layers know of the mark."""
+        owner = marked("basic")
+        names = [c.name for c in carriers_of(owner.tensors)]
+        folder = tmp_path / "trained"
+        shutil.copytree(owner.folder, folder)
+        claim = make_claim(Checkpoint.open(FolderFiles(folder)), KEY, Scheme(), names)
+        (folder / CLAIM_FILE).write_bytes(claim.to_bytes())
+        verdict, notes = outcome(steal(tmp_path, "basic"), folder)
+        assert verdict == "not found"
+        assert "hf-watermark embed, with another key" in notes
+
     def test_no_original(self, tmp_path, family):
         owner, stolen = marked(family), steal(tmp_path, family)
         for claim in (claim_of(owner), copied(owner.folder / CLAIM_FILE, tmp_path / "lonely")):
             verdict, notes = outcome(stolen, claim)
             assert verdict != "found"
             if verdict == "not found":
-                assert "--claim" in notes or "cannot be opened" in notes
+                assert "--claim" in notes
 
     def test_another_architecture(self, tmp_path):
         other = {f"blocks.{i}.conv.weight": torch.randn(64, 32, 3, 3) for i in range(2)}
