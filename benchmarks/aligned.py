@@ -180,16 +180,16 @@ def null(host: str, args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) 
     found = [aligned(reference, suspect) for suspect in suspects]
     carriers = carriers_of(reference)
     soft = np.empty((args.keys, len(found)))
-    for k in range(args.keys):
-        projection = Projection(another_key(10_000 + k), SCHEME, carriers)
-        for number, arrays in enumerate(found):
-            extraction = Extraction(projection)
+    for number, arrays in enumerate(found):
+        for k in range(args.keys):  # other keys for each model: models of one start are alike
+            key = another_key(10_000 + number * args.keys + k)
+            extraction = Extraction(Projection(key, SCHEME, carriers))
             for i, carrier in enumerate(carriers):
                 extraction.add(i, 0, arrays[carrier.name])
             soft[k, number] = extraction.reading().soft
     own: dict[str, list[float]] = {"unrelated": [], "same start": []}
     for number in range(args.owners):
-        key = another_key(50_000 + number)
+        key = another_key(500_000 + number)
         model = new(host, 0)
         train(model, x, y, steps=args.steps, rate=RATE, seed=0, key=key)
         reference = saved(model)

@@ -33,7 +33,7 @@ from hf_watermark.claims import FoundClaim, reference_digest, reference_tensors
 from hf_watermark.errors import AlignmentError, CheckpointError, WatermarkError
 from hf_watermark.evidence import Claim
 from hf_watermark.safetensors_ranges import decode_rows, quoted
-from hf_watermark.symmetry import Alignment, Layout, Side, layout_of
+from hf_watermark.symmetry import Alignment, Layout, Side, closest, layout_of
 
 __all__ = ["Aligner", "reference_files"]
 
@@ -69,14 +69,16 @@ class Aligner:
         files: Where the original lies.
         claim: The owner's claim, which holds the digests of what is compared.
         suspect: The suspect.
-        layout: The suspect's layout.
+        layouts: The layouts that the suspect may have.
     """
 
-    def __init__(self, files: Files, claim: Claim, suspect: Checkpoint, layout: Layout) -> None:
+    def __init__(
+        self, files: Files, claim: Claim, suspect: Checkpoint, layouts: tuple[Layout, ...]
+    ) -> None:
         self.files = files
         self._claim = claim
         self._suspect = suspect
-        self._layout = layout
+        self._layouts = layouts
         self._original: Checkpoint | None = None
         self._alignment: Alignment | None = None
         self._digests: dict[str, str] = {}
@@ -107,7 +109,7 @@ class Aligner:
             raise AlignmentError(
                 "The suspect cannot be aligned with the owner's original",
                 expected=f"layers around {quoted(claimed.name)} that compare with the original's",
-                got=f"a {self._layout.family} of other shapes",
+                got="other shapes",
             )
         return name, w
 
@@ -121,14 +123,14 @@ class Aligner:
                 do="pass his own repo or folder with --claim",
             ) from None
         layout = layout_of(original.shapes())
-        if layout is None or layout.family != self._layout.family:
-            got = "another kind of model" if layout is None else f"a {layout.family}"
+        theirs = None if layout is None else closest(self._layouts, layout)
+        if layout is None or theirs is None:
             raise AlignmentError(
                 "The suspect is no relative of the owner's original",
-                expected=f"a {self._layout.family}",
-                got=got,
+                expected="a model of its family" if layout is None else f"a {layout.family}",
+                got=" or ".join(sorted({f"a {other.family}" for other in self._layouts})),
             )
-        suspect = Side(self._layout, self._suspect.shapes(), self._read)
+        suspect = Side(theirs, self._suspect.shapes(), self._read)
         ours = Side(layout, original.shapes(), self._arrays.__getitem__)
         names = [claimed.name for claimed in self._claim.carriers]
         self._alignment = Alignment(ours, suspect, names)

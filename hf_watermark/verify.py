@@ -24,7 +24,7 @@ from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect
 from hf_watermark.references import Aligner, reference_files
 from hf_watermark.scheme import Scheme
-from hf_watermark.symmetry import layout_of
+from hf_watermark.symmetry import layouts_of
 
 __all__ = ["DEFAULT_ALPHA", "Verification", "verify", "verify_hub_model", "what_to_read"]
 
@@ -243,8 +243,8 @@ def _aligner(
 ) -> tuple[Aligner | None, str]:
     """What can undo disguises, or why nothing can; nothing is read for it yet."""
     only = "Only the raw weights were read: "
-    layout = layout_of(checkpoint.shapes())
-    if layout is None:
+    layouts = layouts_of(checkpoint.shapes())
+    if not layouts:
         return None, f"{only}disguises of this architecture cannot be undone."
     original = reference_files(found, given, checkpoint.files)
     if found is None or original is None:
@@ -257,7 +257,7 @@ def _aligner(
             f"{only}the claim fixes nothing to compare disguised weights with, as a mark that was "
             "trained cannot; one in closed form can (hf-watermark embed, with another key)."
         )
-    return Aligner(original, found.claim, checkpoint, layout), ""
+    return Aligner(original, found.claim, checkpoint, layouts), ""
 
 
 def _read(

@@ -129,6 +129,24 @@ class TestFound:
         assert (evidence.verdict, evidence.reading) == ("found", "aligned")
         assert all(name in copy for name in evidence.carriers)
 
+    @pytest.mark.parametrize("family", ["ViT", "basic", "ConvNext"])
+    def test_among_decoys(self, tmp_path, family):
+        """Tensors that no library loads, under names that another family or tower would have."""
+        owner = marked(family)
+        copy = DISGUISES[family]["all"](owner.tensors)
+        decoys = {}
+        for other in ("ViT", "basic", "ConvNext"):
+            junk = {f"a.{n}": torch.randn_like(t.float()) for n, t in marked(other).tensors.items()}
+            decoys |= junk | {n: t.clone() for n, t in renamed(junk).items() if n not in junk}
+        prefix = {"ViT": "vit.", "basic": "resnet.", "ConvNext": "convnext."}[family]
+        decoys[f"{prefix}pre_layrnorm.weight"] = torch.ones(64)
+        decoys[f"{prefix}encoder.layer.0.mlp.fc1.weight"] = torch.randn(128, 64)
+        decoys[f"{prefix}encoder.layer.0.mlp.fc2.weight"] = torch.randn(64, 128)
+        decoys[f"{prefix}encoder.stages.0.layers.0.layer.7.convolution.weight"] = torch.ones(9, 9)
+        stolen = save(tmp_path / "stolen", decoys | copy, owner.config)
+        evidence = verify_hub_model(stolen, KEY, claim=owner.folder)
+        assert (evidence.verdict, evidence.reading) == ("found", "aligned")
+
 
 TIMM = (
     (r"^vit\.encoder\.layer\.", "blocks."),

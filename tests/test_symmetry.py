@@ -180,6 +180,7 @@ class TestLayouts:
         clip = {
             "vision_model.pre_layrnorm.weight": (8,),
             "vision_model.embeddings.patch_embedding.weight": (8, 3, 2, 2),
+            "vision_model.encoder.layers.0.layer_norm2.weight": (8,),
             "vision_model.encoder.layers.0.mlp.fc1.weight": (16, 8),
             "vision_model.encoder.layers.0.mlp.fc2.weight": (8, 16),
         }

@@ -15,16 +15,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_watermark.symmetry.alignment import Alignment, Side
-from hf_watermark.symmetry.convnexts import convnext_layout
+from hf_watermark.symmetry.convnexts import convnext_layouts
 from hf_watermark.symmetry.layouts import Layout, Shape
-from hf_watermark.symmetry.resnets import resnet_layout
-from hf_watermark.symmetry.vits import vit_layout
+from hf_watermark.symmetry.resnets import resnet_layouts
+from hf_watermark.symmetry.vits import turns_freely, vit_layouts
 
-__all__ = ["Alignment", "Layout", "Side", "layout_of"]
+__all__ = ["Alignment", "Layout", "Side", "closest", "layout_of", "layouts_of"]
 
-_FAMILIES = (resnet_layout, vit_layout, convnext_layout)
+
+def layouts_of(shapes: Mapping[str, Shape]) -> tuple[Layout, ...]:
+    """All layouts that a stranger's names may stand for: he may have added decoys."""
+    families = (resnet_layouts, vit_layouts, convnext_layouts)
+    return tuple(layout for family in families for layout in family(shapes))
 
 
 def layout_of(shapes: Mapping[str, Shape]) -> Layout | None:
-    """The layout of a checkpoint from its names and shapes; None if its family has none."""
-    return next((found for family in _FAMILIES if (found := family(shapes)) is not None), None)
+    """The layout of an owner's checkpoint; None if its family has none."""
+    found = [
+        layout
+        for layout in layouts_of(shapes)
+        if "stream" not in layout.axes or turns_freely(shapes, layout)
+    ]
+    return max(found, key=lambda layout: len(layout.layers), default=None)
+
+
+def closest(layouts: tuple[Layout, ...], reference: Layout) -> Layout | None:
+    """The layout that shares most layers with the reference's, then most names.
+
+    What a library loads has the names that it expects: a decoy has others, or fewer.
+    """
+
+    def shared(layout: Layout) -> tuple[int, int]:
+        keys = layout.layers.keys() & reference.layers.keys()
+        same = sum(layout.layers[key] == reference.layers[key] for key in keys)
+        return len(keys), same
+
+    related = [layout for layout in layouts if layout.family == reference.family]
+    return max(related, key=shared, default=None)

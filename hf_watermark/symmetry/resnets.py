@@ -9,11 +9,11 @@ in, and their size is taken out before anything is compared.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from hf_watermark.symmetry.layouts import Axis, Layer, Layout, Shape
 
-__all__ = ["resnet_layout"]
+__all__ = ["resnet_layouts"]
 
 _CONVOLUTION = re.compile(
     r"(?P<prefix>.*?)encoder\.stages\.(?P<stage>\d{1,3})\.layers\.(?P<block>\d{1,6})\."
@@ -23,28 +23,31 @@ _CONVOLUTION = re.compile(
 Place = tuple[int, int, int]
 
 
-def resnet_layout(shapes: Mapping[str, Shape]) -> Layout | None:
-    """The layout of a ResNet; None if it is none."""
-    found: dict[Place, str] = {}
-    prefixes = set()
+def resnet_layouts(shapes: Mapping[str, Shape]) -> Iterator[Layout]:
+    """The layouts of the ResNets that names may stand for."""
+    models: dict[tuple[bool, str], dict[Place, str]] = {}
     for name in shapes:
         matched = _CONVOLUTION.fullmatch(name)
         if matched is None:
             continue
         ours = matched["stage"] is not None
-        prefixes.add((ours, matched["prefix"] if ours else matched["tprefix"]))
         if ours:
             place = (int(matched["stage"]), int(matched["block"]), int(matched["place"]))
         else:
             place = (
                 int(matched["tstage"]) - 1, int(matched["tblock"]), int(matched["tplace"]) - 1
             )  # fmt: skip
-        if place in found:
-            return None
-        found[place] = name
-    if len(prefixes) != 1:
-        return None
-    ((ours, prefix),) = prefixes
+        prefix = matched["prefix"] if ours else matched["tprefix"]
+        models.setdefault((ours, prefix), {})[place] = name
+    for (ours, prefix), found in models.items():
+        layout = _layout(shapes, ours, prefix, found)
+        if layout is not None:
+            yield layout
+
+
+def _layout(
+    shapes: Mapping[str, Shape], ours: bool, prefix: str, found: Mapping[Place, str]
+) -> Layout | None:
     stem = f"{prefix}embedder.embedder.convolution.weight" if ours else f"{prefix}conv1.weight"
     if stem not in shapes:
         return None
@@ -53,9 +56,9 @@ def resnet_layout(shapes: Mapping[str, Shape]) -> Layout | None:
     stream = "stem"
     for stage, block in sorted({place[:2] for place in found}):
         into = stream
-        depth = max(place[2] for place in found if place[:2] == (stage, block)) + 1
-        if any((stage, block, k) not in found for k in range(depth)) or depth < 2:
-            return None
+        depth = next(k for k in range(11) if (stage, block, k) not in found)
+        if depth < 2:
+            continue
         first = found[stage, block, 0]
         shortcut = (
             first.replace("layer.0.convolution", "shortcut.convolution")
