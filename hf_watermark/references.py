@@ -14,9 +14,9 @@ Only marks in closed form have such digests (`embed_checkpoint`). What the null 
 key is independent of the tensors that are compared; the closed form leaves them as they were. They
 know of a mark that they were trained beside: each unit's output weights answer to its input
 weights, mark and all, so that matching by the former picks units that look marked. Measured on
-small ConvNeXts: innocents trained from the same start as the owner's model read 2 sigmas on average
-with his own key. For a model that was trained with its mark, add one in closed form, with another
-key: `hf-watermark embed`.
+small ConvNeXts: innocents trained from the same start as the owner's model read 1.8 sigmas on
+average, of 48 readings, with his own key. For a model that was trained with its mark, add one in
+closed form, with another key: `hf-watermark embed`.
 """
 
 from __future__ import annotations
