@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,21 @@ import numpy.typing as npt
 from hf_watermark.carriers import Carrier, named_carriers, natural_order
 from hf_watermark.checkpoint import Checkpoint, Files
 from hf_watermark.errors import CarrierMissingError, ClaimError
-from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier
+from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier, canonical_json
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
+from hf_watermark.symmetry import layout_of
 
-__all__ = ["FoundClaim", "check_digests", "find_claim", "locate_carriers", "make_claim"]
+__all__ = [
+    "FoundClaim",
+    "check_digests",
+    "find_claim",
+    "locate_carriers",
+    "make_claim",
+    "reference_digest",
+    "reference_digests",
+    "reference_tensors",
+]
 
 CLAIM_LIMIT = 4 * 2**20
 
@@ -30,6 +40,7 @@ def make_claim(
     names: Sequence[str],
     *,
     secret_carriers: bool = False,
+    references: Mapping[str, str] | None = None,
 ) -> Claim:
     """The signed claim of `key` over tensors of a checkpoint.
 
@@ -39,6 +50,8 @@ def make_claim(
         scheme: How the mark was embedded.
         names: The carriers' names in the checkpoint, in the order of the key's streams.
         secret_carriers: Keep the names out of the public copy.
+        references: From `reference_digests`, if the tensors that they cover never felt the mark;
+            they allow an aligned reading.
 
     Returns:
         The owner's own copy; publish its `public` form.
@@ -47,11 +60,51 @@ def make_claim(
         CarrierMissingError: If the checkpoint has no tensor of that name.
         CarrierError: If one is named twice, is no matrix, or none is named.
     """
+    references = references or {}
     claimed = []
     for carrier in named_carriers(checkpoint.shapes(), names):
         span, digest = checkpoint.tensors[carrier.name], _digest(checkpoint, carrier.name)
-        claimed.append(ClaimedCarrier(carrier.name, span.shape, span.dtype, digest))
+        reference = references.get(carrier.name)
+        claimed.append(ClaimedCarrier(carrier.name, span.shape, span.dtype, digest, reference))
     return Claim.make(key, scheme, tuple(claimed), secret_carriers=secret_carriers)
+
+
+def reference_tensors(
+    shapes: Mapping[str, tuple[int, ...]], carriers: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """The tensors that an aligned reading of each carrier needs of the owner's checkpoint.
+
+    No carrier is among them. A carrier that cannot be aligned is left out.
+
+    Args:
+        shapes: The owner's tensors.
+        carriers: The carriers' names.
+    """
+    layout = layout_of(shapes)
+    supports = {}
+    for name in carriers:
+        key = None if layout is None else layout.key(name)
+        if layout is not None and key is not None:
+            support = layout.support(key, carriers)
+            if support is not None and all(support_name in shapes for support_name in support):
+                supports[name] = support
+    return supports
+
+
+def reference_digests(checkpoint: Checkpoint, carriers: Sequence[str]) -> dict[str, str]:
+    """What a claim says of the tensors that align each of its carriers, by the carrier's name."""
+    supports = reference_tensors(checkpoint.shapes(), carriers)
+    names = {name for support in supports.values() for name in support}
+    digests = {name: _digest(checkpoint, name) for name in sorted(names)}
+    return {
+        carrier: reference_digest({name: digests[name] for name in support})
+        for carrier, support in supports.items()
+    }
+
+
+def reference_digest(digests: Mapping[str, str]) -> str:
+    """One digest of several tensors, from the sha256 of each by its name, in their order."""
+    return hashlib.sha256(canonical_json(list(digests.items()))).hexdigest()
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:

@@ -101,6 +101,8 @@ def _quiet() -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
     from transformers.utils import logging
 
+    # deepspeed, where it is installed, is imported on saving, and then talks on stdout.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     disable_progress_bars()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_watermark.carriers import Carrier, check_capacity, choose_carriers, named_carriers
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
-from hf_watermark.claims import CLAIM_LIMIT, make_claim
+from hf_watermark.claims import CLAIM_LIMIT, make_claim, reference_digests
 from hf_watermark.closed_form import ClosedForm, Mark, Progress
 from hf_watermark.errors import (
     CarrierError,
@@ -42,6 +42,7 @@ from hf_watermark.threads import one_thread
 __all__ = ["Embedded", "embed_checkpoint", "scheme_for"]
 
 _CLOSED_FORM = 0.05  # nothing trains afterwards: half the distortion that training absorbs
+_UNSEEN = -3.0  # log10 p above which a source never saw the key, as far as its carriers tell
 _WRITTEN = ("F32", "F16", "BF16")
 
 
@@ -150,6 +151,7 @@ def embed_checkpoint(
     kept = _kept_name(files, there) if there is not None and there is not ours else None
     with one_thread():
         work.measure()
+        is_new = ours is None and work.log10_p() > _UNSEEN
         work.solve()
     with appearing(output) as unfinished, one_thread():
         paths = []
@@ -161,7 +163,7 @@ def embed_checkpoint(
             os.replace(unfinished / CLAIM_FILE, unfinished / kept)
         names = [carrier.name for carrier in chosen]
         written = Checkpoint.open(FolderFiles(unfinished))
-        claim = make_claim(written, key, scheme, names, secret_carriers=carriers is not None)
+        claim = _claim(written, key, scheme, names, ours, is_new, secret=carriers is not None)
         (unfinished / CLAIM_FILE).write_bytes(claim.public.to_bytes())
     work.count(work.planned)
     return Embedded(
@@ -174,6 +176,37 @@ def embed_checkpoint(
         kept_claim=kept,
         unmarked=tuple(p for p in paths if p not in checkpoint.weight_files and holds_weights(p)),
     )
+
+
+def _claim(
+    written: Checkpoint,
+    key: OwnerKey,
+    scheme: Scheme,
+    names: Sequence[str],
+    ours: Claim | None,
+    is_new: bool,
+    *,
+    secret: bool,
+) -> Claim:
+    """The new claim. It fixes what disguised copies may be compared with if the key is new here.
+
+    Or if our earlier claim fixed the same. Layers that were trained beside the mark know of it: an
+    aligned reading by them would favour the key.
+    """
+    found = reference_digests(written, names)
+
+    def claim(references: dict[str, str]) -> Claim:
+        return make_claim(
+            written, key, scheme, names, secret_carriers=secret, references=references
+        )
+
+    if is_new:
+        return claim(found)
+    if ours is not None and ours.hides_carriers:
+        same = claim(found)
+        return same if same.carriers_commitment == ours.carriers_commitment else claim({})
+    known = {} if ours is None else {c.name: c.reference for c in ours.carriers}
+    return claim({name: digest for name, digest in found.items() if known.get(name) == digest})
 
 
 # What was asked for -------------------------------------------------------------------------------

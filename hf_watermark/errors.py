@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDeniedError",
+    "AlignmentError",
     "AttachError",
     "CardConflictError",
     "CarrierError",
@@ -82,6 +83,10 @@ class ModelTooSmallError(CarrierError):
 
 class CarrierMissingError(CarrierError):
     """A carrier that the claim or the user names is not in the model."""
+
+
+class AlignmentError(CarrierError):
+    """A suspect cannot be compared with the owner's reference."""
 
 
 class AttachError(WatermarkError, RuntimeError):

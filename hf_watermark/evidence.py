@@ -49,12 +49,15 @@ class ClaimedCarrier:
         shape: Its shape.
         dtype: Its safetensors dtype.
         sha256: Digest of its bytes in the file, 64 hexadecimal digits.
+        reference: Digest of the tensors beside it that an aligned reading compares a suspect with;
+            None where there is no such reading, as for marks that were trained.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     sha256: str
+    reference: str | None = None
 
     @property
     def carrier(self) -> Carrier:
@@ -63,12 +66,13 @@ class ClaimedCarrier:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {
+        fields = {
             "name": self.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
             "sha256": self.sha256,
         }
+        return fields if self.reference is None else fields | {"reference": self.reference}
 
     @classmethod
     def from_dict(cls, fields: Any) -> ClaimedCarrier:
@@ -80,9 +84,11 @@ class ClaimedCarrier:
             and all(type(side) is int and 0 < side < 2**31 for side in shape)
         )
         texts_fit = all(_is_line(text, 999) and text for text in (name, dtype))
-        if not (sides_fit and texts_fit and _is_hex(digest, 64)):
+        reference = fields.get("reference")
+        digests_fit = _is_hex(digest, 64) and (reference is None or _is_hex(reference, 64))
+        if not (sides_fit and texts_fit and digests_fit):
             raise ValueError("carrier")
-        return cls(name, tuple(shape), dtype, digest)
+        return cls(name, tuple(shape), dtype, digest, reference)
 
 
 @dataclass(frozen=True)
@@ -289,7 +295,8 @@ class Evidence:
         bits: T.
         matched: How many bits of the message were read correctly; None if not checked.
         tries: How many readings were allowed for.
-        reading: Which of them decided: `raw`, `raw, one carrier`, `renamed`, ...; None if none.
+        reading: Which of them decided: `raw`, `raw, one carrier`, `renamed`, `aligned`, ...; None
+            if none.
         scheme: The scheme's name.
         carriers: Names of the tensors that were read.
         key_fingerprint: Whose key; None without a key.

@@ -5,20 +5,21 @@ assignments of the suspect's tensors to the carriers, and with them the number o
 p-value is corrected for. Looks at growing parts of the rows come first; where they say nothing,
 every carrier is judged alone (all but one may have been replaced), and where tensors were renamed,
 or layers deleted, inserted and renumbered, every same-shaped tensor in place of every carrier.
+Last, where the owner's original is at hand, the carriers are read once more with disguises undone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hf_watermark.carriers import Carrier, choose_carriers, natural_order
 from hf_watermark.checkpoint import Checkpoint
-from hf_watermark.errors import CarrierError, CarrierMissingError
+from hf_watermark.errors import AlignmentError, CarrierError, CarrierMissingError
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.projections import Projection
 from hf_watermark.significance import corrected
@@ -28,6 +29,7 @@ __all__ = ["Finding", "Plan", "read_suspect"]
 Shape = tuple[int, ...]
 Assignment = Mapping[int, str]
 Progress = Callable[[int, int], None]
+Align = Callable[[int], tuple[str, npt.NDArray[np.float32]]]
 
 # A first look of 2^18 weights is 1 MiB in float32. The growth of sqrt(2) keeps what is read close
 # to what is needed; each look costs one round trip and, as a try, 0.03 of log10 p.
@@ -47,12 +49,16 @@ class Plan:
         looks: Fractions of the rows, growing, the last one 1.
         pairs: Tensors of other names tried one by one in place of carriers, where the names of the
             suspect cannot be trusted: one is missing, or the default rule leads elsewhere.
+        aligned: Carriers that are read once more with disguises undone, pooled and alone.
+        aligned_looks: How many of them are pooled at each look, growing.
     """
 
     carriers: tuple[Carrier, ...]
     assignments: tuple[Assignment, ...]
     looks: tuple[float, ...]
     pairs: tuple[tuple[int, str], ...]
+    aligned: tuple[int, ...] = ()
+    aligned_looks: tuple[int, ...] = ()
 
     @classmethod
     def make(
@@ -61,6 +67,7 @@ class Plan:
         shapes: Mapping[str, Shape],
         *,
         progressive: bool = True,
+        aligned: Sequence[int] = (),
     ) -> Plan:
         """Plan the readings of a suspect from names and shapes alone.
 
@@ -68,6 +75,7 @@ class Plan:
             carriers: What the claim lists, or the default choice.
             shapes: The suspect's tensors.
             progressive: Look at growing parts of the rows, rather than at everything at once.
+            aligned: Positions of the carriers that may be aligned if all else fails.
 
         Raises:
             CarrierMissingError: If no tensor could be any of the carriers.
@@ -90,27 +98,40 @@ class Plan:
             for guess in _guesses(carriers, chosen, by_shape):
                 if guess not in assignments:
                     assignments.append(guess)
-        if not assignments and not pairs:
-            raise CarrierMissingError(
-                "The suspect has none of the carriers",
-                expected=f"{len(carriers)} tensors such as {carriers[0].name[:120]!r} "
-                f"of shape {list(carriers[0].shape)}",
-                got=f"{len(shapes)} tensors of other shapes",
-                do="check that this is a copy of the claimed architecture",
-            )
+        if not assignments and not pairs and not aligned:
+            raise _missing(carriers, len(shapes))
         weights = sum(carrier.weights for carrier in carriers)
         looks = [_FIRST_LOOK / weights]
         while looks[-1] * _GROWTH < 0.75:
             looks.append(looks[-1] * _GROWTH)
         if not progressive or looks[0] >= 0.75:
             looks = []
-        return cls(tuple(carriers), tuple(assignments), (*looks, 1.0), tuple(pairs))
+        together = [2**k for k in range(len(aligned).bit_length()) if 2**k < len(aligned)]
+        return cls(
+            tuple(carriers),
+            tuple(assignments),
+            (*looks, 1.0),
+            tuple(pairs),
+            tuple(aligned),
+            (*(together if progressive else ()), len(aligned)) if aligned else (),
+        )
 
     @property
     def tries(self) -> int:
         """How many readings this allows for, whether or not all of them are made."""
         alone = sum(len(assignment) for assignment in self.assignments if len(assignment) > 1)
-        return len(self.looks) * len(self.assignments) + alone + len(self.pairs)
+        aligned = len(self.aligned_looks) + (len(self.aligned) if len(self.aligned) > 1 else 0)
+        return len(self.looks) * len(self.assignments) + alone + len(self.pairs) + aligned
+
+
+def _missing(carriers: Sequence[Carrier], tensors: int) -> CarrierMissingError:
+    return CarrierMissingError(
+        "The suspect has none of the carriers",
+        expected=f"{len(carriers)} tensors such as {carriers[0].name[:120]!r} "
+        f"of shape {list(carriers[0].shape)}",
+        got=f"{tensors} tensors of other shapes",
+        do="check that this is a copy of the claimed architecture",
+    )
 
 
 def _chosen(shapes: Mapping[str, Shape]) -> tuple[Carrier, ...]:
@@ -143,14 +164,16 @@ class Finding:
     Attributes:
         reading: What was read.
         log10_p: Its p-value, corrected for the plan's tries.
-        how: `raw`, `raw, one carrier`, `renamed` or `renamed, one carrier`.
+        how: `raw`, `renamed` or `aligned`, and `, one carrier` if one alone decided.
         carriers: The tensors it was read from.
+        note: Why the aligned reading, if one was planned, could not be made.
     """
 
     reading: Reading
     log10_p: float
     how: str
     carriers: tuple[str, ...]
+    note: str = ""
 
 
 def read_suspect(
@@ -159,6 +182,7 @@ def read_suspect(
     plan: Plan,
     alpha: float,
     progress: Progress | None = None,
+    align: Align | None = None,
 ) -> Finding:
     """Read a suspect as planned, until the corrected p-value is at most alpha.
 
@@ -168,6 +192,8 @@ def read_suspect(
         plan: The readings.
         alpha: The chance of a false alarm that is accepted.
         progress: Called with weights read and weights planned.
+        align: From a carrier's position to its name and weights in the suspect, disguises undone;
+            called for the carriers that the plan aligns, if all else fails.
 
     Returns:
         The finding that passed, or the best one if none did.
@@ -175,26 +201,35 @@ def read_suspect(
     Raises:
         CarrierError: If none passed and some tensor could not be read: a planted tensor of NaN
             neither hides a mark nor lets it pass for absent.
+        AlignmentError: If there was nothing to read but what could not be aligned.
     """
     best: Finding | None = None
     unreadable: CarrierError | None = None
-    for findings in _attempts(checkpoint, projection, plan, progress):
+    unaligned: AlignmentError | None = None
+    for findings in _attempts(checkpoint, projection, plan, progress, align):
         try:
             for finding in findings:
                 if best is None or finding.log10_p < best.log10_p:
                     best = finding
                 if best.log10_p <= math.log10(alpha):
                     return best
+        except AlignmentError as error:
+            unaligned = error
         except CarrierError as error:
             unreadable = unreadable or error
     if unreadable is not None:
         raise unreadable
-    assert best is not None  # a plan has at least one assignment or pair
-    return best
+    if best is None:  # a plan has an assignment, a pair, or something to align
+        raise unaligned or _missing(plan.carriers, len(checkpoint.tensors))
+    return best if unaligned is None else replace(best, note=str(unaligned))
 
 
 def _attempts(
-    checkpoint: Checkpoint, projection: Projection, plan: Plan, progress: Progress | None
+    checkpoint: Checkpoint,
+    projection: Projection,
+    plan: Plan,
+    progress: Progress | None,
+    align: Align | None,
 ) -> Iterator[Iterator[Finding]]:
     """The readings in the order of the plan; those of one attempt share what was fetched."""
     count = _Count(plan, progress)
@@ -205,6 +240,8 @@ def _attempts(
         places.setdefault(name, []).append(i)
     for name, carriers in places.items():
         yield _replacing(checkpoint, projection, plan, name, carriers, count)
+    if align is not None and plan.aligned:
+        yield _aligned(projection, plan, align, count)
 
 
 def _pooled(
@@ -246,6 +283,32 @@ def _replacing(
         yield _finding(extraction.reading(i), plan, "renamed, one carrier", [name])
 
 
+def _aligned(projection: Projection, plan: Plan, align: Align, count: _Count) -> Iterator[Finding]:
+    """The carriers with disguises undone: pooled, look by look; then each alone.
+
+    A carrier that cannot be aligned is left out; an error if none can.
+    """
+    extraction = Extraction(projection)
+    names: dict[int, str] = {}
+    problem: AlignmentError | None = None
+    for done, i in enumerate(plan.aligned, 1):
+        try:
+            name, w = align(i)
+        except AlignmentError as error:
+            problem = problem or error
+        else:
+            extraction.add(i, 0, w)
+            names[i] = name
+        count.add(plan.carriers[i].weights)
+        if done in plan.aligned_looks and names:
+            yield _finding(extraction.reading(), plan, "aligned", names.values())
+    if len(plan.aligned) > 1:
+        for i, name in names.items():
+            yield _finding(extraction.reading(i), plan, "aligned, one carrier", [name])
+    if problem is not None:
+        raise problem
+
+
 def _finding(reading: Reading, plan: Plan, how: str, names: Iterable[str]) -> Finding:
     return Finding(reading, corrected(reading.log10_p, plan.tries), how, tuple(names))
 
@@ -258,7 +321,8 @@ class _Count:
         self._done = 0
         pooled = sum(plan.carriers[i].weights for a in plan.assignments for i in a)
         places = {name: i for i, name in plan.pairs}
-        self._planned = pooled + sum(plan.carriers[i].weights for i in places.values())
+        others = (*places.values(), *plan.aligned)
+        self._planned = pooled + sum(plan.carriers[i].weights for i in others)
 
     def add(self, weights: int) -> None:
         self._done += weights

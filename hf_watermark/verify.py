@@ -22,7 +22,9 @@ from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect
+from hf_watermark.references import Aligner, reference_files
 from hf_watermark.scheme import Scheme
+from hf_watermark.symmetry import layouts_of
 
 if TYPE_CHECKING:
     from hf_watermark.softlabels.probes import Probes
@@ -43,6 +45,11 @@ DEFAULT_ALPHA = 1e-6
 # What X and u may take for carriers that the suspect's own shapes suggest, in bytes. A ViT-g takes
 # 20 MB; a header of a few bytes can declare terabytes.
 _ROOM = 2**29
+_ON_ALIGNMENT = (
+    "The weights were reordered or rotated; that was undone by comparing other layers with those"
+    " of the owner's original. It counts against models made after the claim: the order of an"
+    " original's channels is its owner's choice."
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,12 @@ def verify_hub_model(
         recipient: Look for the mark of this recipient's copy instead of the owner's own.
         alpha: The chance of a false alarm that is accepted, after correction for all tries.
         revision: Branch, tag or commit; pinned to a full sha before anything is read.
-        align: `auto` or `never`: whether to undo function-preserving disguises when the raw
-            reading fails. No architecture has an aligned reading yet, so both read raw.
+        align: `auto` or `never`: whether to undo function-preserving disguises (channels
+            reordered, scaled, negated, added; a residual stream rotated) when the raw reading
+            fails. The suspect is compared with the owner's original, read by range where `claim`
+            lies: his repo or folder, or that of the claim's file; its mark must have been made in
+            closed form. Otherwise, and for families without an aligned reading, the raw weights
+            alone are read, and the notes say so.
         read: `auto` stops once the corrected p-value passes alpha; `all` reads every carrier.
         token: For private and gated repos; None takes the one huggingface_hub knows.
         progress: Called with weights read and weights planned.
@@ -178,6 +189,7 @@ def verify(
     checkpoint = Checkpoint.open(files)
     common: dict[str, Any] = {"repo": files.name, "revision": files.revision, "alpha": alpha}
     others = found.files if found is not None else None
+    original: Files | None = None
     with ThreadPoolExecutor(1) as background:
         if key is None:
             commit = background.submit(_committed_at, found)
@@ -186,15 +198,24 @@ def verify(
             reader = key if recipient is None else key.for_recipient(recipient)
             found, notes = _usable(found, (key, reader), claim is not None)
             commit = background.submit(_committed_at, found)
-            common |= _read(checkpoint, reader, found, alpha, read, progress)
+            aligner, why_not = None, ""
+            if align == "auto":
+                aligner, why_not = _aligner(checkpoint, found, claim)
+                original = None if aligner is None else aligner.files
+            outcome, note = _read(checkpoint, reader, found, alpha, read, progress, aligner)
+            common |= outcome
+            if outcome["verdict"] == "not found" and (why_not or note):
+                notes += (why_not or note,)
+            elif outcome["reading"].startswith("aligned"):
+                notes += (_ON_ALIGNMENT,)
             if recipient is not None:
                 notes += (f"Read with the key of the copy that was handed to {recipient!r}.",)
             common |= {"notes": notes}
         common |= {"committed_at": commit.result()}
+    sources = {id(one): one for one in (files, others, original) if one is not None}
     evidence = Evidence(
         **common,
-        bytes_read=checkpoint.bytes_read
-        + (others.bytes_read if others is not None and others is not files else 0),
+        bytes_read=sum(one.bytes_read for one in sources.values()),
         bytes_total=checkpoint.bytes_total,
         seconds=time.perf_counter() - started,
     )
@@ -287,6 +308,30 @@ def _committed_at(found: FoundClaim | None) -> str | None:
     return first_commit(found.files, found.path, is_theirs)
 
 
+def _aligner(
+    checkpoint: Checkpoint,
+    found: FoundClaim | None,
+    given: Claim | str | os.PathLike[str] | None,
+) -> tuple[Aligner | None, str]:
+    """What can undo disguises, or why nothing can; nothing is read for it yet."""
+    only = "Only the raw weights were read: "
+    layouts = layouts_of(checkpoint.shapes())
+    if not layouts:
+        return None, f"{only}disguises of this architecture cannot be undone."
+    original = reference_files(found, given, checkpoint.files)
+    if found is None or original is None:
+        return None, (
+            f"{only}to undo disguises too, pass the repo or folder of the owner's original "
+            "with --claim."
+        )
+    if not any(claimed.reference for claimed in found.claim.carriers):
+        return None, (
+            f"{only}the claim fixes nothing to compare disguised weights with, as a mark that was "
+            "trained cannot; one in closed form can (hf-watermark embed, with another key)."
+        )
+    return Aligner(original, found.claim, checkpoint, layouts), ""
+
+
 def _read(
     checkpoint: Checkpoint,
     key: OwnerKey,
@@ -294,12 +339,18 @@ def _read(
     alpha: float,
     read: str,
     progress: Progress | None,
-) -> dict[str, Any]:
+    aligner: Aligner | None,
+) -> tuple[dict[str, Any], str]:
     scheme, carriers = _scheme_and_carriers(checkpoint, found)
     progressive = read == "auto" and scheme.statistic == "spread"
-    plan = Plan.make(carriers, checkpoint.shapes(), progressive=progressive)
+    aligned: tuple[int, ...] = ()
+    if aligner is not None and found is not None:
+        aligned = tuple(i for i, one in enumerate(found.claim.carriers) if one.reference)
+    shapes = checkpoint.shapes()
+    plan = Plan.make(carriers, shapes, progressive=progressive, aligned=aligned)
     projection = Projection(key, scheme, carriers)
-    finding = read_suspect(checkpoint, projection, plan, alpha, progress)
+    align = None if aligner is None else aligner.carrier
+    finding = read_suspect(checkpoint, projection, plan, alpha, progress, align)
     return {
         "verdict": "found" if finding.log10_p <= math.log10(alpha) else "not found",
         "log10_p": finding.log10_p,
@@ -310,7 +361,7 @@ def _read(
         "scheme": scheme.name,
         "carriers": finding.carriers,
         "key_fingerprint": key.fingerprint,
-    }
+    }, finding.note
 
 
 def what_to_read(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
+import hf_watermark
 from hf_watermark import Claim, OwnerKey, Scheme
 from hf_watermark.carriers import Carrier, choose_carriers
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
@@ -32,6 +32,7 @@ THIEF = OwnerKey(bytes(range(32, 64)), "thief")
 LAYERS, HIDDEN, MLP = 6, 64, 256
 WEIGHTS = "model.safetensors"
 BIN = Path(sys.executable).parent
+ROOT = str(Path(hf_watermark.__file__).parents[1])
 
 Tensors = dict[str, torch.Tensor]
 
@@ -270,10 +271,12 @@ def run(
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ):
-    """Run `verify_hub_model`, or another program, in a process of its own, without a terminal."""
+    """Run `verify_hub_model`, or another program, in a process of its own, without a terminal.
+
+    It runs the package that the tests import, whichever one is installed.
+    """
     variables = {"PATH": str(BIN), "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
-    if "PYTHONPATH" in os.environ:  # the tree under test need not be the installed one
-        variables["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    variables["PYTHONPATH"] = ROOT
     if hub is not None:
         variables |= hub.environment(token)
     return subprocess.run(

@@ -16,6 +16,7 @@ from marked_models import (
     BIN,
     KEY,
     LAYERS,
+    ROOT,
     THIEF,
     WEIGHTS,
     all_but_one_replaced,
@@ -147,7 +148,7 @@ class TestFormats:
         for form in ("human", "json", "quiet"):
             done = subprocess.run(
                 command(folder, "--key", place / "acme.key", "--format", form),
-                env={"PATH": str(BIN)} | environment,
+                env={"PATH": str(BIN), "PYTHONPATH": ROOT} | environment,
                 capture_output=True,
                 check=False,
             )
@@ -161,7 +162,7 @@ class TestFormats:
         for form in ("human", "json", "quiet"):
             done = subprocess.run(
                 command(folder, "--key", place / "acme.key", "--format", form),
-                env={"PATH": str(BIN)},
+                env={"PATH": str(BIN), "PYTHONPATH": ROOT},
                 capture_output=True,
                 check=False,
             )
@@ -257,7 +258,9 @@ def in_a_terminal(arguments, cwd, typed: bytes = b"", environment=None):
     if pid == 0:
         os.chdir(cwd)
         os.execvpe(
-            arguments[0], arguments, {"PATH": str(BIN), "TERM": "xterm"} | (environment or {})
+            arguments[0],
+            arguments,
+            {"PATH": str(BIN), "PYTHONPATH": ROOT, "TERM": "xterm"} | (environment or {}),
         )
     shown = b""
     if typed:

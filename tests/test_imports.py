@@ -21,6 +21,7 @@ from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.projections import Projection
 
 PACKAGE = Path(hf_watermark.__file__).parent
+STANDARD = {"collections", "dataclasses", "re"}
 SOURCES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")
 }
@@ -37,7 +38,9 @@ LIGHT = (
     "hf_watermark.evidence",
     "hf_watermark.safetensors_ranges",
     "hf_watermark.checkpoint",
+    "hf_watermark.symmetry",
     "hf_watermark.claims",
+    "hf_watermark.references",
     "hf_watermark.readings",
     "hf_watermark.softlabels",
     "hf_watermark.softlabels.chips",
@@ -218,7 +221,9 @@ def test_data_flows_one_way():
         "evidence",
         "safetensors_ranges",
         "checkpoint",
+        "symmetry",
         "claims",
+        "references",
         "readings",
         "softlabels.chips",
         "softlabels.features",
@@ -229,14 +234,38 @@ def test_data_flows_one_way():
         "softlabels.verification",
         "verify",
     ]
-    for place, name in enumerate(flow):
-        tree = ast.parse(SOURCES[name.replace(".", "/")].read_text(encoding="utf-8"))
-        ours = {
-            node.module.partition(".")[2]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_watermark")
-        }
-        assert ours - {"hub"} <= set(flow[:place]), name  # hub: lazily, to open what is not local
+
+    def room_of(module):
+        """A module's, and of a package that is one room the package's."""
+        parts = module.split(".")
+        return ".".join(parts[:2]) if parts[0] == "softlabels" else parts[0]
+
+    for place, room in enumerate(flow):
+        for name, path in SOURCES.items():
+            if room_of(name.replace("/", ".")) != room:
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            ours = {
+                room_of(node.module.removeprefix("hf_watermark."))
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom)
+                and (node.module or "").startswith("hf_watermark.")
+            }
+            # hub: lazily, to open what is not local
+            assert ours - {"hub", room} <= set(flow[:place]), name
+
+
+def test_symmetry_needs_numpy_alone_and_scipy_late():
+    for name, path in SOURCES.items():
+        if name.startswith("symmetry/"):
+            assert IMPORTS[name] <= {"__future__", "numpy", "scipy", "hf_watermark"} | STANDARD, (
+                name
+            )
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            at_once = [
+                node for node in body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            ]
+            assert "scipy" not in imported(ast.Module(at_once, [])), name
 
 
 def test_library_code_neither_prints_nor_exits():

@@ -59,7 +59,7 @@ Example:
     type=click.Choice(["auto", "never"]),
     default="auto",
     show_default=True,
-    help="Undo disguises if the raw reading fails. Now: raw only, for every architecture.",
+    help="Undo disguises if the raw reading fails; needs the owner's repo or folder as --claim.",
 )
 @click.option(
     "--read",

@@ -63,6 +63,8 @@ _READINGS = {
     "raw, one carrier": "one carrier alone, under its own name",
     "renamed": "carriers under other names, told by their order and shapes",
     "renamed, one carrier": "one tensor alone, under another name, told by its shape",
+    "aligned": "carriers put back into the order of the owner's original",
+    "aligned, one carrier": "one carrier alone, put back into the order of the owner's original",
 }
 
 
