@@ -56,7 +56,13 @@ def read_output_file(path: str | os.PathLike[str]) -> npt.NDArray[Any] | list[An
 def _json(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if lines and isinstance(lines[0], dict) and "format" in lines[0]:
+            raise OutputsError(
+                f"{path} holds an endpoint's answers, by image",
+                do="give the endpoint itself, with --answers for this file and --images",
+            )
+        return lines
     answers = json.loads(text)
     if not isinstance(answers, list):
         raise ValueError("no list")
