@@ -69,10 +69,16 @@ class Classifier:
         self._processor = _processor(folder if processor is None else Path(processor))
 
     @property
+    def classes(self) -> int:
+        """K."""
+        config: Any = self.model.config
+        return int(config.num_labels)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Its classes' names in its own order; none if its `id2label` tells nothing."""
         config: Any = self.model.config
-        return class_names(config.id2label, int(config.num_labels))
+        return class_names(config.id2label, self.classes)
 
     def pixel_values(self, images: ProbeImages, batch_size: int = 64) -> Iterator[Tensor]:
         """Pictures as the model takes them, (B, C, H, W), batch by batch.
