@@ -2,8 +2,8 @@
 
 Acme trains a network on scikit-learn's digits and serves its probabilities to twenty customers, to
 each with signs of their own. customer-2 asks about images, distils a network of their own from the
-answers, and serves that one. Acme asks it about 1,500 images, over HTTP too, and
-sees whose answers it has learnt from.
+answers, and serves that one. Acme asks it about 1,500 images, over HTTP too, and sees whose answers
+it has learnt from.
 
     python examples/serve_with_recipients.py
 """

@@ -35,7 +35,14 @@ from hf_watermark.softlabels.surveys import Images
 if TYPE_CHECKING:
     from hf_watermark.softlabels.wrapper import SoftLabelWatermark
 
-__all__ = ["Pair", "PairedAccuracy", "PairedEvidence", "paired_accuracy", "paired_test"]
+__all__ = [
+    "Pair",
+    "PairedAccuracy",
+    "PairedEvidence",
+    "paired_accuracy",
+    "paired_test",
+    "residuals",
+]
 
 _FLOOR = 1e-12  # of a probability at full precision
 _MOST_DECIMALS = 6  # more are not told from full precision
@@ -158,15 +165,7 @@ def paired_test(
         raise SchemeError("alpha is out of range", expected="between 0 and 1", got=alpha)
     if not isinstance(served, Pair):
         served = Pair.of(served, _given(pixel_values), batch_size)
-    read = Outputs.read(answers, served.clean.shape[1])
-    if read.labels_only:
-        raise OutputsError("Labels alone cannot be paired", expected="probabilities", got="labels")
-    if len(read.labels) != len(served.clean):
-        raise OutputsError(
-            "There is not one answer for every input",
-            expected=f"{len(served.clean)} rows",
-            got=len(read.labels),
-        )
+    read = _checked(answers, served)
     y, decimals, shown = _as_seen(np.asarray(answers, np.float64))
     p, q = (_rounded(one, decimals) for one in (served.clean, served.marked))
     y = _logs(y, decimals)
@@ -214,6 +213,29 @@ def paired_accuracy(
         undecided=of_clean.undecided / len(pair.clean),
         flips=int((pair.clean.argmax(1) != pair.marked.argmax(1)).sum()),
     )
+
+
+def residuals(answers: Any, pair: Pair) -> Doubles:
+    """How far answers are from the clean ones, (n, K) nats, 0 where nothing was shown.
+
+    Both at the precision of the answers; arguments and errors as in `paired_test`.
+    """
+    _checked(answers, pair)
+    y, decimals, shown = _as_seen(np.asarray(answers, np.float64))
+    return np.where(shown, _logs(y, decimals) - _rounded(pair.clean, decimals), 0.0)
+
+
+def _checked(answers: Any, pair: Pair) -> Outputs:
+    read = Outputs.read(answers, pair.clean.shape[1])
+    if read.labels_only:
+        raise OutputsError("Labels alone cannot be paired", expected="probabilities", got="labels")
+    if len(read.labels) != len(pair.clean):
+        raise OutputsError(
+            "There is not one answer for every input",
+            expected=f"{len(pair.clean)} rows",
+            got=len(read.labels),
+        )
+    return read
 
 
 def _given(pixel_values: Images | None) -> Images:
