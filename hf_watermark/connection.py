@@ -34,6 +34,7 @@ __all__ = [
     "Target",
     "TooLongError",
     "refusal",
+    "retry_after",
 ]
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
@@ -266,7 +267,7 @@ def _check_status(response: httpx2.Response, target: Target, span: tuple[int, in
         )
     _drain(response)
     if status in (408, 425, 429) or status >= 500:
-        raise _Failed(f"HTTP {status}", _retry_after(response))
+        raise _Failed(f"HTTP {status}", retry_after(response))
     if response.history and status in (401, 403):  # a signed URL that expired: a new one may do
         raise _Failed(f"HTTP {status} from {quoted(response.url.host)}")
     raise refusal(status, response.headers, target)
@@ -335,7 +336,7 @@ def _declared_length(response: httpx2.Response) -> float:
     return int(declared[:20]) if declared.isascii() and declared.isdigit() else math.inf
 
 
-def _retry_after(response: httpx2.Response) -> float | None:
+def retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to wait, from Retry-After or the Hub's RateLimit."""
     asked = response.headers.get("retry-after", "").strip()
     if asked.isascii() and asked.isdigit():

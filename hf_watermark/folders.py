@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,9 +24,18 @@ _NO_WEIGHTS = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_sta
 
 
 def source_folder(
-    source: str | os.PathLike[str], revision: str | None, token: str | bool | None
+    source: str | os.PathLike[str],
+    revision: str | None,
+    token: str | bool | None,
+    only: Sequence[str] | None = None,
 ) -> Path:
     """The folder that a path names, or that a repo of the Hub is downloaded to.
+
+    Args:
+        source: A folder, or `org/name`.
+        revision: Of a repo.
+        token: See `HubFiles`.
+        only: Patterns of the files of a repo that are wanted; all by default.
 
     Raises:
         CheckpointError: If there is no such folder.
@@ -34,7 +43,7 @@ def source_folder(
     """
     files = open_files(source, revision, token)
     if files.revision is not None:
-        return download(files.name, files.revision, token)
+        return download(files.name, files.revision, token, only)
     folder = Path(os.path.expanduser(files.name))
     if not folder.is_dir():
         raise CheckpointError(

@@ -5,7 +5,7 @@ Unlike reading ranges this takes huggingface_hub's API class, imported only when
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,13 +118,19 @@ def commit_folder(
     return Commit(done.oid, done.commit_url, done.pr_url)
 
 
-def download(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Fetch a whole model repo into huggingface_hub's cache, at one commit.
+def download(
+    repo_id: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    only: Sequence[str] | None = None,
+) -> Path:
+    """Fetch a model repo into huggingface_hub's cache, at one commit.
 
     Args:
         repo_id: ``org/name``.
         revision: A branch, tag or sha; the default branch by default.
         token: See `HubFiles`.
+        only: Patterns of the files that are wanted, such as `*.json`; all by default.
 
     Returns:
         The folder of the snapshot; its files are links.
@@ -136,7 +142,13 @@ def download(repo_id: str, revision: str | None = None, token: str | bool | None
 
     files = HubFiles(repo_id, revision, token)  # refused before anything is fetched
     with _in_our_words(Target(repo_id, files.revision), "the download of"):
-        return Path(snapshot_download(repo_id, revision=files.revision, token=token))
+        fetched = snapshot_download(
+            repo_id,
+            revision=files.revision,
+            token=token,
+            allow_patterns=None if only is None else list(only),
+        )
+        return Path(fetched)
 
 
 @contextmanager

@@ -66,12 +66,16 @@ def blends(digits, n, seed):
     return (1 - share) * digits[first] + share * digits[second]
 
 
-@pytest.fixture(scope="module")
-def world():
+def labelled_digits():
     data = load_digits()
     x = torch.from_numpy(data.images).float()[:, None].repeat(1, 3, 1, 1) / 8 - 1
     x = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
-    y = torch.from_numpy(data.target)
+    return x, torch.from_numpy(data.target)
+
+
+@pytest.fixture(scope="module")
+def world():
+    x, y = labelled_digits()
     teacher = trained(0, x[:900], y[:900], 12)
     served = SoftLabelWatermark(teacher, KEY, count=32).calibrate(blends(x[:900], 1200, 1))
     queries, probes = blends(x[900:], 3000, 2), blends(x[:900], PROBES, 3)

@@ -14,6 +14,7 @@ from hf_watermark.cli.demo import demo
 from hf_watermark.cli.keys import keygen
 from hf_watermark.cli.marks import embed, trace
 from hf_watermark.cli.outputs import verify_outputs
+from hf_watermark.cli.references import references
 from hf_watermark.cli.terminal import CONTEXT, run
 from hf_watermark.cli.verifying import card, verify
 
@@ -44,5 +45,5 @@ def _umbrella() -> None:
     """  # noqa: D301
 
 
-for _command in (keygen, embed, verify, verify_outputs, trace, card, demo):
+for _command in (keygen, embed, verify, verify_outputs, references, trace, card, demo):
     _umbrella.add_command(_command)

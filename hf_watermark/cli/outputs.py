@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from hf_watermark.cli.terminal import (
     echo_json,
     format_options,
     load_key,
+    progress_bar,
 )
 from hf_watermark.errors import WatermarkError
 
@@ -24,7 +27,7 @@ __all__ = ["verify_outputs"]
 
 
 @click.command("verify-outputs", context_settings=CONTEXT)
-@click.argument("outputs", type=click.Path(dir_okay=False))
+@click.argument("suspect")
 @click.option("--key", "key_file", metavar="FILE", required=True, help="The owner's key file.")
 @click.option(
     "--probes",
@@ -33,6 +36,13 @@ __all__ = ["verify_outputs"]
     required=True,
     help="What served.probes(pixel_values).save(FILE) wrote.",
 )
+@click.option(
+    "--images",
+    "images_at",
+    metavar="PATH",
+    help="The probes' images, in their order: a folder of images, parquet, or a saved dataset.",
+)
+@click.option("--column", metavar="NAME", help="The column of the images, if it is not clear.")
 @click.option(
     "--recipient", "names", metavar="NAME", multiple=True, help="A customer to suspect; repeatable."
 )
@@ -52,21 +62,50 @@ __all__ = ["verify_outputs"]
     metavar="A",
     help="The chance of a false alarm that is accepted, all tries counted.",
 )
+@click.option(
+    "--labels",
+    metavar="FILE",
+    help="What the suspect calls your classes, one a line, in your model's order.",
+)
+@click.option(
+    "--answers", metavar="FILE.jsonl", help="Keep an endpoint's answers, and go on from them."
+)
+@click.option(
+    "--form",
+    "body",
+    type=click.Choice(["bytes", "json"]),
+    default="bytes",
+    show_default=True,
+    help="How an endpoint is sent an image: as it is, or as base64 in JSON.",
+)
+@click.option("--revision", metavar="R", help="Of a repo: branch, tag or commit.")
+@click.option("--processor", metavar="DIR", help="A preprocessor_config.json for a model without.")
+@click.option("--token", metavar="T", help="For the endpoint, or the Hub.")
 @format_options
 def verify_outputs(
-    outputs: str,
+    suspect: str,
     key_file: str,
     probes_file: str,
+    images_at: str | None,
+    column: str | None,
     names: tuple[str, ...],
     recipients: str | None,
     references: tuple[str, ...],
     alpha: float,
+    labels: str | None,
+    answers: str | None,
+    body: str,
+    revision: str | None,
+    processor: str | None,
+    token: str | None,
     form: str,
 ) -> int:
     """Whether a suspect learnt from your soft labels, from its outputs alone.
 
-    OUTPUTS is .npz, .npy or .parquet: probabilities, their logarithms, rounded or top-k as they may
-    be, or labels, one row for every probe, in the probes' order. Neither model is needed.
+    SUSPECT is a file of outputs, one row for every probe, in the probes' order (.npz, .npy,
+    .parquet: probabilities, their logarithms, or labels; .json: label/score lists; rounded or top-k
+    as they may be). Or, with --images: the URL of an endpoint that classifies what is posted to it;
+    a folder or org/name of a model, which is run here, without code of its own.
     Exit status: 0 found, 1 not found, 2 could not be checked.
 
     \b
@@ -74,16 +113,36 @@ def verify_outputs(
       hf-watermark verify-outputs answers.npz --key acme.key --probes acme.probes
       hf-watermark verify-outputs answers.parquet --key acme.key --probes acme.probes \\
           --recipients customers.txt --json
+      hf-watermark verify-outputs https://thief.example/classify --key acme.key \\
+          --probes acme.probes --images ./probes --answers thief.jsonl
+      hf-watermark verify-outputs thief/vit-copy --key acme.key --probes acme.probes \\
+          --images ./probes
     """  # noqa: D301
     from hf_watermark.softlabels.output_files import read_output_file
     from hf_watermark.softlabels.probes import Probes
+    from hf_watermark.softlabels.suspects import answers_of
     from hf_watermark.verify import verify_outputs as check
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     suspects = [*names, *([] if recipients is None else _lines(recipients))]
     key = load_key(key_file)
     probes = Probes.load(probes_file, key)
+    with progress_bar(f"Asking {suspect}") as progress:
+        outputs = answers_of(
+            suspect,
+            probes if labels is None else dataclasses.replace(probes, labels=tuple(_lines(labels))),
+            images_at,
+            column=column,
+            log=answers,
+            form=body,
+            revision=revision,
+            processor=processor,
+            token=token,
+            progress=progress,
+        )
     evidence = check(
-        read_output_file(outputs),
+        outputs,
         None,
         probes,
         [read_output_file(one) for one in references],
@@ -93,7 +152,7 @@ def verify_outputs(
     if form == "json":
         echo_json(evidence.to_dict())
     elif form == "human":
-        click.echo(_in_words(evidence, outputs))
+        click.echo(_in_words(evidence, suspect))
     return FOUND if evidence.found else NOT_FOUND
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from hf_watermark.errors import OutputsError
 from hf_watermark.projections import Doubles
+from hf_watermark.softlabels.answer_lists import is_named, scores_by_class
 
 __all__ = ["Outputs"]
 
@@ -39,18 +41,22 @@ class Outputs:
     labels_only: bool
 
     @classmethod
-    def read(cls, values: Any, classes: int) -> Outputs:
+    def read(cls, values: Any, classes: int, names: Sequence[str] = ()) -> Outputs:
         """Tell what outputs are, and bring them into one shape.
 
         Args:
             values: (n,) integer labels, or (n, K) probabilities or their natural logarithms; 0 or
-                -inf where a top-k answer is silent.
+                -inf where a top-k answer is silent. Or lists of labels and scores, see
+                `answer_lists`.
             classes: K.
+            names: What the suspect calls the classes, in the order of the marked model's.
 
         Raises:
             OutputsError: If they have NaN, another number of classes, labels that do not exist, or
-                rows that are no distribution.
+                rows that are no distribution, or labels that are not among `names`.
         """
+        if is_named(values):
+            values = scores_by_class(values, names)
         array = np.asarray(values)
         if array.ndim == 1 and array.size and array.dtype.kind in "iu":
             return cls._of_labels(array, classes)
@@ -100,12 +106,13 @@ class Outputs:
             return cls._of_labels(p.argmax(axis=1), classes)
         most = int(shown.max())
         # A rounded answer has zeros too, but not everywhere the same number of them.
-        top_k = most < classes and float((shown == most).mean()) > 0.9
+        even = most < classes and float((shown == most).mean()) > 0.9
         unit = 0.0 if decimals is None else 0.5 * 10.0**-decimals
         tolerance = _SUM + unit * classes
-        wrong = total > 1.0 + tolerance
-        if not top_k:
-            wrong |= total < 1.0 - tolerance
+        # Answers that leave out unlikely classes, however many, miss their mass.
+        silent = (shown < classes) & (total < 1.0 - tolerance)
+        top_k = even or bool(silent.any())
+        wrong = (total > 1.0 + tolerance) | ((total < 1.0 - tolerance) & ~silent)
         if wrong.any() or not total.all():
             raise _not_distributions(p, f"{int(wrong.sum()) or 1} rows that do not")
         floor = np.full(len(p), max(unit, _FLOOR))
@@ -115,7 +122,7 @@ class Outputs:
             floor = np.maximum(np.minimum(missing, smallest), floor)
         words = ["log-probabilities" if logarithms else "probabilities"]
         if top_k:
-            words.append(f"top {most} only")
+            words.append(f"top {most} only" if even else "unlikely classes left out")
         if decimals is not None:
             words.append(f"rounded to {decimals} decimals")
         filled = np.where(p > 0.0, np.maximum(p, max(unit, _FLOOR)), floor[:, None])

@@ -46,6 +46,8 @@ class Probes:
         top_k: How many classes are bent; None for all.
         margin: (lambda, tau) of margin mode, or None.
         references: (n, K) log-probabilities of clean models beside the owner's own.
+        labels: The names of the K classes, from the model's `id2label`; none if it has no telling
+            ones.
     """
 
     key: OwnerKey
@@ -55,6 +57,7 @@ class Probes:
     top_k: int | None = None
     margin: tuple[float, float] | None = None
     references: tuple[Floats, ...] = field(default=(), repr=False)
+    labels: tuple[str, ...] = ()
 
     @property
     def features(self) -> int:
@@ -81,7 +84,7 @@ class Probes:
             OutputsError: If they are no outputs.
             SoftLabelError: If they are about other probes.
         """
-        read = [Outputs.read(one, self.classes).log_probs for one in answers]
+        read = [Outputs.read(one, self.classes, self.labels).log_probs for one in answers]
         for one in read:
             if len(one) != len(self):
                 raise SoftLabelError(
@@ -105,7 +108,8 @@ class Probes:
         }
         arrays |= {f"reference_{i}": one for i, one in enumerate(self.references)}
         margin = None if self.margin is None else list(self.margin)
-        write_secret(path, FILE_FORMAT, self.key, {"top_k": self.top_k, "margin": margin}, arrays)
+        head = {"top_k": self.top_k, "margin": margin, "labels": list(self.labels)}
+        write_secret(path, FILE_FORMAT, self.key, head, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], key: OwnerKey) -> Probes:
@@ -120,16 +124,19 @@ class Probes:
             count = sum(name.startswith("reference_") for name in arrays)
             references = tuple(arrays[f"reference_{i}"] for i in range(count))
             margin, top_k = head["margin"], head["top_k"]
+            labels = tuple(head["labels"])
             fits = (
                 psi.ndim == log_probs.ndim == 2
                 and len(psi) == len(log_probs) == len(seen)
                 and all(one.shape == log_probs.shape for one in references)
                 and all(np.isfinite(one).all() for one in (psi, log_probs, *references))
                 and (top_k is None or isinstance(top_k, int))
+                and len(labels) in (0, log_probs.shape[1])
+                and all(isinstance(name, str) for name in labels)
             )
             if not fits:
                 raise ValueError("arrays")
             pair = None if margin is None else (float(margin[0]), float(margin[1]))
-            return cls(key, psi, log_probs, seen.astype(bool), top_k, pair, references)
+            return cls(key, psi, log_probs, seen.astype(bool), top_k, pair, references, labels)
         except (IndexError, KeyError, TypeError, ValueError):
             raise garbled(path, FILE_FORMAT, "arrays or settings that do not fit") from None

@@ -120,7 +120,7 @@ def judge(
         probes, names = served, _names(recipient, None)
     else:
         probes, names = served.probes(pixel_values), _names(recipient, served.recipient)
-    suspect = Outputs.read(_answers(outputs, pixel_values), probes.classes)
+    suspect = Outputs.read(_answers(outputs, pixel_values), probes.classes, probes.labels)
     _check_size(suspect, probes)
     probes = probes.with_references([_answers(one, pixel_values) for one in references])
     clean = [one.astype(np.float64) for one in probes.references]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_watermark.errors import AttachError, SoftLabelError
 from hf_watermark.key import OwnerKey
+from hf_watermark.softlabels.answer_lists import class_names
 from hf_watermark.softlabels.answers import logits_of, with_logits
 from hf_watermark.softlabels.chips import chip_signs
 from hf_watermark.softlabels.distortion import Distortion, expected_price, log_softmax
@@ -264,6 +265,7 @@ class SoftLabelWatermark(nn.Module):
             seen=np.isin(seen.digests, self._digests),
             top_k=self.how.top_k,
             margin=None if self.how.margin is None else self._margin(),
+            labels=class_names(_id2label(self.model), feature_map.classes),
         )
 
     def distortion(
@@ -392,6 +394,10 @@ class SoftLabelWatermark(nn.Module):
     def extra_repr(self) -> str:
         """Settings, and nothing of the secret."""
         return f"eps={self.how.eps:g}, features={self._features!r}, key={self._key.fingerprint}"
+
+
+def _id2label(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "id2label", None)
 
 
 def _head_norms(model: nn.Module, head: str) -> npt.NDArray[np.float32]:
