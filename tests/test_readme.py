@@ -94,7 +94,18 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
     namespace = {
         "train_dataset": Pictures(),
         "loader": torch.utils.data.DataLoader(Pictures(), batch_size=4),
+        "unlabelled": torch.randn(400, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+        "queries": torch.randn(4, 3, 16, 16),
+        "probes": torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(2)),
     }
+
+    @torch.no_grad()
+    def leaked(images):
+        """A suspect that answers as customer 17 was answered."""
+        view = namespace["served"].for_recipient("customer-17")
+        return view(pixel_values=images).logits.softmax(-1)
+
+    namespace["suspect"] = leaked
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     ran = []
     for kind, text in BLOCKS:
@@ -119,5 +130,8 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
                     assert json.loads(done.stdout)["verdict"] == "found"
                 ran.append(command.split()[0])
     verified = ["verify_hub_model", "verify_hub_model", "python"]
-    assert ran == ["hf-watermark", "python", "python", *verified, *["hf-watermark"] * 3]
-    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("found -")
+    marked = ["hf-watermark"] * 3
+    assert ran == ["hf-watermark", "python", "python", *verified, *marked, "python", "python"]
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert any(line.startswith("found -") for line in lines)
+    assert lines[-1].startswith("found customer-17 -")
