@@ -649,8 +649,7 @@ def table(record: dict[str, Any]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     settings = record["settings"]
-    lines += [
-        "",
+    notes = [
         f"M columns, N weights, T = {settings['bits']} bits; transformers "
         f"{settings['transformers']}; {settings['steps']} steps of training from random weights "
         f"({settings['head_steps']} for heads beyond classification); answers to "
@@ -672,7 +671,7 @@ def table(record: dict[str, Any]) -> str:
         ),
         *(f"Left out: {line}." for line in left),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(["\n".join(lines), *notes])
 
 
 def _short(name: str) -> str:

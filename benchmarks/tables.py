@@ -188,8 +188,8 @@ def architectures() -> str:
         f"transformers {record['settings']['transformers']} (not built here, for want of their\n"
         f"packages: {skipped}) and {heads['good']} of {heads['architectures']} models with other "
         "heads (detection, segmentation, vision and text):\nbuilt small, marked in training and on "
-        "disk, found with the key alone, loaded with plain\n`from_pretrained` "
-        "(`benchmarks/architectures.py`)."
+        "disk, found with the key alone, loaded with plain\n`from_pretrained`: "
+        "[every one of them](docs/architectures.md)."
     )
 
 

@@ -21,6 +21,18 @@ def test_figures_are_those_of_the_result_files():
     assert done.returncode == 0, "run: python benchmarks/tables.py"
 
 
+def test_the_page_of_architectures_is_that_of_the_result_file():
+    record = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text())
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    for label, row in (record["classifiers"] | record["heads"]).items():
+        if "direct" in row:
+            line = re.search(rf"^\| {label} \|.*$", page, re.MULTILINE)[0]
+            for part in ("trained", "direct"):
+                assert f"| {row[part]['log10_p']:.0f} |" in line
+        else:
+            assert f"Left out: {label}: " in page
+
+
 def test_only_kinds_of_blocks_that_are_run_or_produced():
     assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text"}
     assert [text for kind, text in BLOCKS if kind == "python"]
