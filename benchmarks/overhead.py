@@ -82,13 +82,6 @@ def timed(step: Callable[[], None], device: str) -> tuple[float, int]:
     return time.perf_counter() - started, 0
 
 
-def kept_bytes(watermark: WatermarkLoss) -> int:
-    """What the mark keeps in memory between steps: row signs, projections, Gram matrices."""
-    tensors = [tensor for pair in watermark._cache.values() for tensor in pair]
-    arrays = watermark._grams._kept.values()
-    return sum(t.numel() * t.element_size() for t in tensors) + sum(a.nbytes for a in arrays)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="vit-s")
@@ -122,7 +115,7 @@ def main() -> None:
         "ratios": ratios,
         "ber": watermark.measure().ber,
         "margin": watermark.measure().margin,
-        "kept_bytes": kept_bytes(watermark),
+        "kept_bytes": watermark.kept_bytes,
         "model_bytes": sum(p.numel() * p.element_size() for p in watermark.model.parameters()),
     }
     if options.device == "cuda":

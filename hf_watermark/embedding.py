@@ -11,10 +11,8 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -27,16 +25,9 @@ from hf_watermark.carriers import (
 from hf_watermark.errors import AttachError, CarrierError
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.key import OwnerKey
-from hf_watermark.margins import TOLERANCE, Grams, growth, least_change, lift
-from hf_watermark.parts import (
-    Part,
-    agreed,
-    part_of,
-    put_back_shards,
-    refuse_unknown_shards,
-    sum_of_parts,
-)
-from hf_watermark.projections import Doubles, Projection
+from hf_watermark.parts import Part, part_of, put_back_shards, refuse_unknown_shards
+from hf_watermark.projected_step import ProjectedStep
+from hf_watermark.projections import Projection
 from hf_watermark.scheme import Scheme
 from hf_watermark.wrappers import plain_parameters, unwrapped, unwrapped_parameters
 from hf_watermark.zero_parts import shape_of, whole_parts, zero_part_of
@@ -46,8 +37,6 @@ __all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
 # Which keys are attached to which module: attaching the same one twice would push twice as hard.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, WatermarkLoss]]
 _ATTACHED = weakref.WeakKeyDictionary()
-
-_PASSES = 8  # rounding to half precision moves responses a little: two passes nearly always do
 
 
 @dataclass(frozen=True)
@@ -135,8 +124,7 @@ class WatermarkLoss:
         if len(trainable) < len(self.carriers):
             _refuse_frozen(self.carriers, trainable, self.scheme, chosen=carriers is None)
         self.projection = Projection(key, self.scheme, self.carriers)
-        self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._grams = Grams(len(self.carriers), self.scheme.bits, partial(_gram, self.projection))
+        self._projected = ProjectedStep(self.projection, self.carriers)
         self._attached = False
         self.attach()
 
@@ -178,7 +166,7 @@ class WatermarkLoss:
         """Stop marking without touching the weights; nothing happens if it has stopped already."""
         if self._attached:
             _ATTACHED[unwrapped(self.model)].pop(self.key.fingerprint, None)
-        self._cache.clear()
+        self._projected.forget()
         self._attached = False
 
     def __call__(self, task_loss: Tensor) -> Tensor:
@@ -209,7 +197,7 @@ class WatermarkLoss:
             whole_parts(self._parts) as parts,
         ):
             raw_bce = self.scheme.statistic == "mean" and self.scheme.embedding == "bce"
-            agreement = signs * self._responses(parts, natural=not raw_bce)
+            agreement = signs * self._projected.responses(parts, natural=not raw_bce)
             if self.scheme.embedding == "bce":
                 total = nn.functional.softplus(-agreement).sum()
             else:
@@ -225,49 +213,7 @@ class WatermarkLoss:
             natural: In natural sigmas; otherwise raw, which differs only for `mean`.
         """
         with whole_parts(self._parts) as parts:
-            return self._responses(parts, natural=natural)
-
-    def _responses(self, parts: Sequence[Part], *, natural: bool) -> Tensor:
-        if self.scheme.statistic == "spread":
-            return self._spread(parts)[0].sum(dim=0)
-        means = self._means(parts)
-        device = means[0].device
-        z = torch.zeros(self.scheme.bits, device=device)
-        for i, mean in enumerate(means):
-            z = z + (self._tensors(i, mean.device)[1] @ mean).to(device)
-        if natural:
-            square = torch.cat([mean.to(device) for mean in means]).square().mean()
-            z = z / _not_zero(self.projection.taps * square).sqrt()
-        return z
-
-    def _spread(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """Responses of every carrier alone, (n, T), and its root mean square, (n,)."""
-        sums = []
-        for i, part in enumerate(parts):
-            w = part.matrix()
-            u, x = self._tensors(i, part.device)
-            raw = (x[:, part.columns] * (u[part.rows].T @ w)).sum(dim=1)
-            sums.append(torch.cat([raw, w.square().sum().reshape(1)]))
-        device = parts[0].device
-        totals = torch.stack([total.to(device) for total in sum_of_parts(parts, sums)])
-        sizes, rows = (
-            torch.tensor([getattr(c, of) for c in self.carriers], device=device, dtype=totals.dtype)
-            for of in ("weights", "rows")
-        )
-        rms = _root(totals[:, -1] / sizes)
-        return totals[:, :-1] / (_not_zero(rms) * rows.sqrt())[:, None], rms
-
-    def _means(self, parts: Sequence[Part]) -> list[Tensor]:
-        """W of the paper, the mean over output rows, of every carrier, (M_i,)."""
-        sums = []
-        for part in parts:
-            columns = torch.zeros(part.carrier.columns, device=part.device)
-            columns[part.columns] = part.matrix().sum(dim=0)
-            sums.append(columns)
-        return [
-            total / part.carrier.rows
-            for part, total in zip(parts, sum_of_parts(parts, sums), strict=True)
-        ]
+            return self._projected.responses(parts, natural=natural)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -286,93 +232,17 @@ class WatermarkLoss:
 
     @torch.no_grad()
     def project(self) -> None:
-        """The smallest change of the carriers that brings every bit to its margin, now.
-
-        W_i += sum_t a_t s_t u_it x_it^T rms(W_i) / sqrt(out_i) with the least a >= 0 that reaches
-        the margins, then back to the norm that W_i had: a test of weight norms sees nothing. For
-        `mean` it is the mean over the rows that keeps its norm. Frozen carriers are left alone.
-        """
+        """Bring every bit to its margin now: see `ProjectedStep.apply`."""
         if self.scheme.embedding != "projection":
             return
         put_back_shards(self.model)
-        parts = self._parts
-        free = np.array([part.parameter.requires_grad for part in parts])
-        change = self._change_spread if self.scheme.statistic == "spread" else self._change_mean
-        for _ in range(_PASSES):
-            if not change(parts, free):
-                return
-
-    def _change_spread(self, parts: Sequence[Part], free: npt.NDArray[np.bool_]) -> bool:
-        """One change of the carriers, if any is needed."""
-        responses, sizes = self._spread(parts)
-        z, rms = responses.double().cpu().numpy(), sizes.double().cpu().numpy()
-        if not np.isfinite(z).all():
-            return False
-        # Zeros have no size to be changed by.
-        grams = self._grams.masked(free & (rms > 0.0))
-        weights = np.array([float(carrier.weights) for carrier in self.carriers])
-        signs = self.projection.message_signs
-        margins = np.full(self.scheme.bits, self.projection.margin)
-        coefficients = torch.as_tensor(lift(z, grams, weights, signs, margins), dtype=torch.float32)
-        coefficients = agreed(parts, coefficients)
-        v = coefficients.double().numpy()
-        if not v.any():
-            return False
-        ratios = growth(v, z, grams, weights)
-        for i, part in enumerate(parts):
-            if not free[i] or not rms[i] > 0.0:
-                continue
-            u, x = self._tensors(i, part.device)
-            size = float(rms[i]) / math.sqrt(part.carrier.rows)
-            part.change(u * (coefficients * size).to(part.device), x, 1.0 / float(ratios[i]))
-        return True
-
-    def _change_mean(self, parts: Sequence[Part], free: npt.NDArray[np.bool_]) -> bool:
-        """Moving every row by the same vector moves the mean by it: the least change that does.
-
-        z does not depend on the norm of the mean, so that is put back: else margins that nothing
-        can reach (more bits or higher than columns allow) would make the weights grow at each call.
-        """
-        margin, signs = self.projection.margin, self.projection.message_signs
-        means = self._means(parts)
-        z = self._responses(parts, natural=True).double().cpu().numpy()
-        deficit = margin - signs * z
-        if not np.isfinite(z).all() or float(deficit.max()) <= TOLERANCE * margin:
-            deficit = np.zeros_like(deficit)
-        total = np.zeros((self.scheme.bits, self.scheme.bits))
-        for gram in self._grams.masked(free):
-            total += gram
-        v = signs * least_change(deficit, total * np.outer(signs, signs))
-        coefficients = agreed(parts, torch.as_tensor(v, dtype=torch.float32))
-        if not bool(coefficients.any()):
-            return False
-        square = torch.cat([mean.cpu() for mean in means]).square().mean()
-        step = coefficients * (self.projection.taps * square).sqrt()
-        moved = {
-            i: mean + step.to(mean.device) @ self._tensors(i, mean.device)[1]
-            for i, mean in enumerate(means)
-            if free[i]
-        }
-        before = torch.cat([means[i].cpu() for i in moved]).norm()
-        back = float(before / _not_zero(torch.cat([mean.cpu() for mean in moved.values()]).norm()))
-        for i, mean in moved.items():
-            rows = torch.ones(parts[i].carrier.rows, 1, device=mean.device)
-            parts[i].change(rows, (mean * back - means[i])[None], 1.0)
-        return True
-
-    def _tensors(self, carrier: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """U (out_i, T) and X (T, M_i) of one carrier as float32 on the device, made once."""
-        if (carrier, device) not in self._cache:
-            u = torch.from_numpy(self.projection.row_signs(carrier).astype(np.float32))
-            x = torch.from_numpy(np.ascontiguousarray(self.projection.x(carrier)))
-            self._cache[carrier, device] = (u.to(device), x.to(device))
-        return self._cache[carrier, device]
+        self._projected.apply(self._parts)
 
     @torch.no_grad()
     def measure(self) -> Measurement:
         """BER, smallest margin and log10 p as they stand now; NaN if a carrier is not finite."""
         put_back_shards(self.model)
-        z = self._responses(self._parts, natural=True)
+        z = self._projected.responses(self._parts)
         agreement = self.projection.message_signs * z.double().cpu().numpy()
         if not np.isfinite(agreement).all():
             return Measurement(math.nan, math.nan, math.nan)
@@ -390,6 +260,11 @@ class WatermarkLoss:
         for i, weight in enumerate(self.weights()):
             extraction.add(i, 0, weight.float().cpu().numpy())
         return extraction.reading()
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the mark keeps in memory between steps: row signs, projections, Gram matrices."""
+        return self._projected.kept_bytes
 
     @property
     def is_sharded(self) -> bool:
@@ -432,25 +307,6 @@ def _is_accumulating() -> bool:
     """Whether accelerate lets an optimizer's step pass without effect now."""
     accelerate = sys.modules.get("accelerate.state")
     return accelerate is not None and not accelerate.GradientState().sync_gradients
-
-
-def _not_zero(divisor: Tensor) -> Tensor:
-    return torch.where(divisor == 0.0, torch.ones_like(divisor), divisor)
-
-
-def _gram(projection: Projection, carrier: int) -> Doubles:
-    """Inner products of the bits' directions in one carrier, (T, T) float64."""
-    x = projection.x(carrier).astype(np.float64)
-    inner: Doubles = x @ x.T
-    if projection.scheme.statistic == "spread":
-        u = projection.row_signs(carrier).astype(np.float32)
-        inner *= (u.T @ u) / len(u)
-    return inner
-
-
-def _root(squares: Tensor) -> Tensor:
-    """The square root, without the infinite slope at 0."""
-    return torch.where(squares == 0.0, squares, _not_zero(squares).sqrt())
 
 
 def _refuse_unusable(carrier: Carrier, parameter: nn.Parameter) -> None:

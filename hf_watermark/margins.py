@@ -43,6 +43,11 @@ class Grams:
         if len(self._kept) < _ROOM // (8 * self.bits**2):
             self._kept[carrier] = make()
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of those that are kept."""
+        return sum(gram.nbytes for gram in self._kept.values())
+
     def masked(self, free: npt.NDArray[np.bool_]) -> Masked:
         """The same with zeros for the carriers that are not to be changed, (n,)."""
         return Masked(self, free)
