@@ -189,12 +189,13 @@ class WatermarkLoss:
         `hinge`: lambda sum_t relu(m - s_t z_t); `bce`: lambda sum_t log(1 + exp(-s_t z_t)). z is
         in natural sigmas, except for `mean` with `bce`: the paper's own z = X w on raw weights.
         """
-        device = self._parts[0].device
+        held = self._parts
+        device = held[0].device
         signs = torch.as_tensor(self.projection.message_signs, dtype=torch.float32, device=device)
         # Autocast would round the responses to 8 bits of mantissa.
         with (
             torch.autocast(device_type=device.type, enabled=False),
-            whole_parts(self._parts) as parts,
+            whole_parts(held) as parts,
         ):
             raw_bce = self.scheme.statistic == "mean" and self.scheme.embedding == "bce"
             agreement = signs * self._projected.responses(parts, natural=not raw_bce)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from hf_watermark.errors import KeyFileError
 
-__all__ = ["FILE_FORMAT", "KeyFileWarning", "OwnerKey"]
+__all__ = ["FILE_FORMAT", "KeyFileWarning", "OwnerKey", "write_secret_file"]
 
 FILE_FORMAT = "hf-watermark-key/1"
 _DOMAIN = b"hf-watermark/1"
@@ -37,6 +37,27 @@ _MAX_WORK = 2**23  # n r p: 1 GiB at most; a file may ask for more, or for what 
 
 class KeyFileWarning(UserWarning):
     """A key file can be read by other users of the machine."""
+
+
+def write_secret_file(target: Path, content: bytes) -> None:
+    """Write a file of mode 0600 at once or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: For a path with a null byte.
+    """
+    # mkstemp makes the file 0600 from the start; replace() is atomic within a folder.
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:  # an interrupt too must not leave the secret behind
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _prefixed(part: bytes) -> bytes:
@@ -163,18 +184,7 @@ class OwnerKey:
             head["encrypted"] = _seal(self._secret, passphrase, _bound(head))
         content = (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode()
         try:
-            # mkstemp makes the file 0600 from the start; replace() is atomic within a folder.
-            handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:  # an interrupt too must not leave the secret behind
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            write_secret_file(target, content)
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             raise KeyFileError(
                 f"The key cannot be written to {target}", got=getattr(error, "strerror", error)

@@ -57,7 +57,9 @@ class ProjectedStep:
         """
         if self._projection.scheme.statistic == "spread":
             return self._spread(parts)[0].sum(dim=0)
-        means = self._means(parts)
+        return self._of_means(self._means(parts), natural=natural)
+
+    def _of_means(self, means: Sequence[Tensor], *, natural: bool) -> Tensor:
         device = means[0].device
         z = torch.zeros(self._projection.scheme.bits, device=device)
         for i, mean in enumerate(means):
@@ -77,17 +79,13 @@ class ProjectedStep:
             sums.append(torch.cat([raw, w.square().sum().reshape(1)]))
         device = parts[0].device
         totals = torch.stack([total.to(device) for total in sum_of_parts(parts, sums)])
-        sizes, rows = (
-            torch.tensor(
-                [getattr(c, of) for c in self._carriers], device=device, dtype=totals.dtype
-            )
-            for of in ("weights", "rows")
-        )
+        sizes = totals.new_tensor([carrier.weights for carrier in self._carriers])
+        rows = totals.new_tensor([carrier.rows for carrier in self._carriers])
         rms = _root(totals[:, -1] / sizes)
         return totals[:, :-1] / (_not_zero(rms) * rows.sqrt())[:, None], rms
 
     def _means(self, parts: Sequence[Part]) -> list[Tensor]:
-        """W of the paper, the mean over output rows, of every carrier, (M_i,)."""
+        """The mean over output rows (w of the paper) of every carrier, (M_i,)."""
         sums = []
         for part in parts:
             columns = torch.zeros(part.carrier.columns, device=part.device)
@@ -149,7 +147,7 @@ class ProjectedStep:
         """
         margin, signs = self._projection.margin, self._projection.message_signs
         means = self._means(parts)
-        z = self.responses(parts, natural=True).double().cpu().numpy()
+        z = self._of_means(means, natural=True).double().cpu().numpy()
         deficit = margin - signs * z
         if not np.isfinite(z).all() or float(deficit.max()) <= TOLERANCE * margin:
             deficit = np.zeros_like(deficit)

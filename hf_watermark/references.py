@@ -3,8 +3,7 @@
 What a suspect is compared with is the owner's own checkpoint, read by range where his claim lies:
 the repo or folder that `--claim` names, or the folder of the claim's file. Nothing more has to be
 kept or published. A folder with `watermark.json` and a safetensors file of the tensors that
-`reference_tensors` lists is enough. ViT-B's weigh 116 MB in float32, 12 MB of which are read to
-align its first carrier, which mostly decides.
+`reference_tensors` lists is enough.
 
 The claim holds a digest of these tensors for every carrier, so the reference was fixed when the
 mark was claimed. It must be: somebody free to choose the order of the reference's channels
@@ -13,10 +12,8 @@ afterwards could fit it to any key and any model.
 Only marks in closed form have such digests (`embed_checkpoint`). What the null rests on is that the
 key is independent of the tensors that are compared; the closed form leaves them as they were. They
 know of a mark that they were trained beside: each unit's output weights answer to its input
-weights, mark and all, so that matching by the former picks units that look marked. Measured on
-small ConvNeXts: innocents trained from the same start as the owner's model read 1.8 sigmas on
-average, of 48 readings, with his own key. For a model that was trained with its mark, add one in
-closed form, with another key: `hf-watermark embed`.
+weights, mark and all, so that matching by the former picks units that look marked. For a model
+that was trained with its mark, add one in closed form, with another key: `hf-watermark embed`.
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ class ZeroPart(Part):
             return fragment.detach()
         from deepspeed.utils import safe_get_local_fp32_param
 
-        piece: Tensor = safe_get_local_fp32_param(parameter)
+        # What is frozen has no master copy, and is never changed.
+        trained = parameter.requires_grad
+        piece: Tensor = safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor
         return piece.detach()[: self.stop - self.start]
 
     def _write(self, piece: Tensor) -> None:
@@ -109,7 +111,7 @@ def zero_part_of(carrier: Carrier, parameter: nn.Parameter) -> ZeroPart | None:
     """
     tensor: Any = parameter
     if is_partitioned(tensor):
-        if not hasattr(tensor, "_z3_optimizer"):
+        if parameter.requires_grad and not hasattr(tensor, "_z3_optimizer"):
             raise ShardedParameterError(
                 f"The parameter {carrier.name[:120]!r} has no master copy yet",
                 expected="a model and an optimizer that DeepSpeed has prepared",

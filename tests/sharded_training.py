@@ -3,7 +3,8 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/sharded_training.py FOLDER SCENARIO ...
 
 A scenario is HOW/ROWS/CARRIERS/OPTIMIZER/SCHEME, such as
-fsdp2/257/default/sgd/spread-random-32-projection-auto-soft; the carriers `both` are fc1 and fc2.
+fsdp2/257/default/sgd/spread-random-32-projection-auto-soft; the carriers `both` are fc1 and fc2,
+and with `frozen` the first block's fc1 does not train.
 """
 
 from __future__ import annotations
@@ -111,11 +112,16 @@ def run(scenario: str) -> dict[str, object]:
         share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     both = [f"vit.layers.{i}.mlp.{fc}.weight" for i in range(LAYERS) for fc in ("fc1", "fc2")]
     settings = {"carriers": both} if which == "both" else {}
+    if which == "frozen":
+        model.vit.layers[0].mlp.fc1.weight.requires_grad_(False)
     early = WatermarkLoss(model, KEY, scheme, **settings) if how == "midway" else None
     zero = how.startswith("zero")
     wrapped = model if zero else spread_out(model, how, world)
     kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    chosen = kinds[optimizer](wrapped.parameters(), lr=0.02 if optimizer == "sgd" else 1e-4)
+    chosen = kinds[optimizer](
+        [p for p in wrapped.parameters() if p.requires_grad],
+        lr=0.02 if optimizer == "sgd" else 1e-4,
+    )
     if zero:
         wrapped = zero_engine(model, how, chosen)
         images = images.to(next(p for p in model.parameters()).dtype)

@@ -74,6 +74,7 @@ def test_two_processes_as_one(tmp_path):
     columns = [f"256/both/sgd/{scheme}" for scheme in (DEFAULT, HINGE, MEAN)]
     runs = {run: ["ddp", "fsdp2"] for run in (*uneven, even)} | {run: ["tensor"] for run in columns}
     runs[uneven[0]] += ["root", "midway"]
+    runs[f"257/frozen/sgd/{DEFAULT}"] = ["fsdp2"]
     alone, _ = trained(tmp_path, 1, [f"alone/{run}" for run in runs])
     scenarios = [f"{how}/{run}" for run, hows in runs.items() for how in hows]
     results, said = trained(tmp_path, 2, scenarios)
@@ -99,6 +100,7 @@ def test_zero_as_one_process(tmp_path):
         rows[BCE]: ["zero3"],
         rows[MEAN]: ["zero1", "zero3"],
         rows[UCHIDA]: ["zero3whole"],
+        f"257/frozen/sgd/{DEFAULT}": ["zero2", "zero3"],
     }
     alone, _ = trained(tmp_path, 1, [f"alone/{run}" for run in runs])
     scenarios = [f"{how}/{run}" for run, hows in runs.items() for how in hows]

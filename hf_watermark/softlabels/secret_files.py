@@ -6,10 +6,8 @@ no key is ever in it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_watermark.errors import SoftLabelError
-from hf_watermark.key import OwnerKey
+from hf_watermark.key import OwnerKey, write_secret_file
 
 __all__ = ["garbled", "read_secret", "write_secret"]
 
@@ -53,17 +51,7 @@ def write_secret(
     content = save(whole, {_METADATA: json.dumps(head, sort_keys=True)})
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:  # an interrupt too must not leave the secret behind
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_secret_file(target, content)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise SoftLabelError(
             f"The watermark cannot be written to {target}", got=getattr(error, "strerror", error)

@@ -43,8 +43,8 @@ class SoftLabelWatermark(nn.Module):
         model: Any image classifier of transformers, or a module that returns logits, alone, first
             in a tuple, or under that name. It is not changed, apart from a hook that rests.
         key: The owner's.
-        eps: The strength. 1 costs a total variation distance of about .1, .5 about .055; for two
-            classes 2 is about as visible as 1 for ten. See `distortion`.
+        eps: The strength; two classes need about twice as much as ten. `distortion` says what it
+            costs on your images.
         features: `H`, the model's own penultimate features, or `M`, mixed with the image at 4x4:
             better against weak students of other architectures.
         margin: (lambda, tau) turns margin mode on: where the top two classes are closer than tau
