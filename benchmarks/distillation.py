@@ -1,303 +1,417 @@
 """Does a student distilled from marked answers carry the mark, and does anybody else seem to?
 
-A teacher of CIFAR-10 answers queries through `SoftLabelWatermark`; students learn from the answers
-alone; the owner reads their signs from the students' outputs. Beside them stand innocents: students
-of the clean teacher, a model of its own, another customer's student, and wrong keys. References are
-distilled before any suspect is looked at. Every trained model's outputs are kept in --cache, so
-that an interrupted run resumes, and readings can be repeated.
+A teacher of CIFAR-10 answers queries through `SoftLabelWatermark`; thieves learn from the answers
+alone, in every way that `students.py` knows, also to be rid of the mark; the owner reads their
+signs from what the students answer. Beside them stand innocents: students of the clean teacher, a
+model of its own, another customer's student, and wrong keys. References are fixed by name below,
+and distilled before any suspect is looked at. Every trained model is kept in --cache, so that an
+interrupted run goes on, and several processes may fill one cache.
 
     python benchmarks/distillation.py --cache runs/distillation --out distillation.json
-    python benchmarks/distillation.py --train 2000 --queries 1500 --epochs 2 --seeds 1   # a look
+    python benchmarks/distillation.py --train 2000 --queries 1500 --epochs 2 --seeds 0   # a look
+    python benchmarks/distillation.py --classes 2 --out distillation_two_classes.json
     python benchmarks/distillation.py --full --device cuda                               # a GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import students
 import torch
-from embedding import augmented, load
+from students import Data, Recipe, answers, host, train
 from torch import Tensor, nn
 
 from hf_watermark import OwnerKey
 from hf_watermark.significance import log10_rademacher_tail
 from hf_watermark.softlabels import SoftLabelWatermark
-from hf_watermark.softlabels.chips import chip_signs
 from hf_watermark.softlabels.detection import CLASSES, PAIR, agreement, class_weights, pair_weights
 from hf_watermark.softlabels.outputs import Outputs
+from hf_watermark.softlabels.probes import Probes
+from hf_watermark.verify import verify_outputs
 
-VEHICLES = (0, 1, 8, 9)
-MARGIN = (0.2, 0.3)
-COUNTS = (300, 1000, 2000, 5000)
-WRONG = 1000
-
-
-def host(name: str, classes: int) -> nn.Module:
-    """A classifier of transformers, by its role."""
-    from transformers import (
-        ConvNextConfig,
-        ConvNextForImageClassification,
-        RegNetConfig,
-        RegNetForImageClassification,
-        ResNetConfig,
-        ResNetForImageClassification,
-    )
-
-    if name in ("resnet", "thin", "resnet18"):
-        sizes = {"resnet": [48, 96, 192], "thin": [32, 64, 128], "resnet18": [64, 128, 256, 512]}
-        return ResNetForImageClassification(
-            ResNetConfig(
-                embedding_size=sizes[name][0],
-                hidden_sizes=sizes[name],
-                depths=[2] * 4 if name == "resnet18" else [1] * 3,
-                layer_type="basic",
-                num_labels=classes,
-            )
-        )
-    if name == "regnet":
-        return RegNetForImageClassification(
-            RegNetConfig(
-                embedding_size=32,
-                hidden_sizes=[32, 64, 128, 192],
-                depths=[1, 1, 1, 1],
-                groups_width=16,
-                num_labels=classes,
-            )
-        )
-    return ConvNextForImageClassification(
-        ConvNextConfig(
-            num_stages=3, hidden_sizes=[32, 64, 128], depths=[1, 1, 2], num_labels=classes
-        )
-    )
+MARGIN = {10: (0.1, 0.3), 2: (0.25, 0.3)}
+EPS = {10: 1.0, 2: 2.0}
+COUNTS = (200, 300, 500, 1000, 2000, 5000)
+WRONG, CUSTOMERS = 1000, 1000
+# Fixed before any suspect was trained: the teacher's own architecture and another, neither of them
+# the weak suspect's, and what a student of labels alone looks like.
+BANK = {
+    "same architecture": (Recipe("resnet", batch=128), False),
+    "same architecture, hard labels": (Recipe("resnet", batch=128), True),
+    "another architecture": (Recipe("bottleneck", batch=128), False),
+}
+WEAK = Recipe("regnet", share=2 / 3, epochs=1.25)
 
 
-class Data:
-    """CIFAR-10 in parts that never meet: for the teacher, queries, calibration, references."""
+@dataclass(frozen=True)
+class Suspect:
+    """A model to be asked.
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        counts = [options.train, options.queries, options.calibration, options.reference]
-        images, labels = load("train", sum(counts))
-        test_images, test_labels = load("test", 10_000)
-        if options.classes == 2:
-            labels, test_labels = (
-                torch.isin(found, torch.tensor(VEHICLES)).long() for found in (labels, test_labels)
-            )
-        self.device, self.size = options.device, options.size
-        parts = zip(images.split(counts), labels.split(counts), strict=True)
-        self.teacher, self.queries, self.calibration, self.reference = parts
-        self.probes = test_images[:5000], test_labels[:5000]
-        self.test = test_images[5000:], test_labels[5000:]
+    Attributes:
+        name: In the tables.
+        kind: `student`, `hard labels`, `variant`, `erasure` or `innocent`.
+        make: Trains it, or loads what it is made of.
+        margin: Whether the answers were served, and are read, in margin mode.
+        customers: Whose answers it learnt; empty for the owner's own signs.
+    """
 
-    def seen(self, images: Tensor) -> Tensor:
-        """As the models take them."""
-        images = images.to(self.device)
-        if images.shape[-1] == self.size:
-            return images
-        return nn.functional.interpolate(images, size=self.size, mode="bilinear")
-
-
-def train(
-    model: nn.Module, images: Tensor, targets: Tensor, data: Data, *, epochs: int, seed: int
-) -> nn.Module:
-    """Learn labels (n,) or soft labels (n, K) with SGD, one cycle, flips and shifts."""
-    generator = torch.Generator().manual_seed(seed)
-    model.to(data.device).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
-    steps = epochs * -(-len(images) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(128):
-            x = data.seen(augmented(images[batch], generator))
-            logits = model(pixel_values=x).logits
-            loss = nn.functional.cross_entropy(logits, targets[batch].to(data.device))
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return model.eval()
-
-
-@torch.no_grad()
-def answers(model: Callable[..., Any], images: Tensor, data: Data) -> Tensor:
-    """Log-probabilities (n, K) of un-augmented images."""
-    parts = [
-        model(pixel_values=data.seen(part)).logits.float().log_softmax(-1).cpu()
-        for part in images.split(500)
-    ]
-    return torch.cat(parts)
+    name: str
+    kind: str
+    make: Callable[[], nn.Module]
+    margin: bool = False
+    customers: tuple[str, ...] = ()
 
 
 class Run:
     """One seed: its teacher, references and suspects, trained once and kept."""
 
     def __init__(self, seed: int, data: Data, options: argparse.Namespace) -> None:
+        self.seed, self.data, self.options = seed, data, options
+        classes = options.classes
+        self.folder = options.cache / f"k{classes}-{options.features}-seed{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.key = OwnerKey((7100 + seed).to_bytes(32, "big"))
+        self.teacher = self.kept("teacher", self._teacher)
+        eps = options.eps or EPS[classes]
+        shown = data.seen(data.calibration[0]).cpu()
+        self.served = SoftLabelWatermark(self.teacher, self.key, eps, options.features)
+        self.served.calibrate(shown).eval()
+        margin = MARGIN[classes]
+        self.firm = SoftLabelWatermark(self.teacher, self.key, eps, options.features, margin)
+        self.firm.calibrate(shown).eval()
+
+    # Models -----------------------------------------------------------------------------------
+
+    def kept(self, name: str, make: Callable[[], nn.Module], arch: str = "resnet") -> nn.Module:
+        """A model from the cache, or made and put there."""
         from transformers import set_seed
 
-        self.seed, self.data, self.options = seed, data, options
-        self.set_seed = set_seed
-        self.folder = options.cache / f"k{options.classes}-seed{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.key = OwnerKey((7000 + seed).to_bytes(32, "big"))
-        self.teacher = self._teacher()
-        eps = options.eps or (1.0 if options.classes > 2 else 2.0)
-        calibration = data.seen(data.calibration[0]).cpu()
-        self.served = SoftLabelWatermark(self.teacher, self.key, eps=eps)
-        self.served.calibrate(calibration).eval()
-        self.firm = SoftLabelWatermark(self.teacher, self.key, eps=eps, margin=MARGIN)
-        self.firm.calibrate(calibration).eval()
+        path = self.folder / f"{name.replace(' ', '_').replace(',', '')}.pt"
+        if not path.exists():
+            set_seed(100 * self.seed + sum(name.encode()) % 97)
+            model = make()
+            torch.save({"arch": model.arch, "state": model.state_dict()}, path)
+        stored = torch.load(path, map_location=self.options.device)
+        model = host(stored["arch"], self.options.classes).to(self.options.device)
+        model.load_state_dict(stored["state"])
+        return model.eval()
 
     def _teacher(self) -> nn.Module:
-        path, options = self.folder / "teacher.pt", self.options
-        model = host(options.teacher, options.classes)
-        if path.exists():
-            model.load_state_dict(torch.load(path))
-            return model.to(self.data.device).eval()
-        self.set_seed(self.seed)
-        model = host(options.teacher, options.classes)
-        train(model, *self.data.teacher, self.data, epochs=options.teacher_epochs, seed=self.seed)
-        torch.save(model.state_dict(), path)
+        arch, epochs = self.options.teacher, self.options.teacher_epochs
+        return self._fit(Recipe(arch, batch=128), *self.data.teacher, epochs=epochs)
+
+    def _fit(self, recipe: Recipe, images: Tensor, targets: Tensor, epochs: int) -> nn.Module:
+        arch = self.options.teacher if recipe.arch == "resnet" else recipe.arch
+        model = host(arch, self.options.classes)
+        train(model, images, targets, self.data, epochs=epochs, seed=self.seed, recipe=recipe)
+        model.arch = arch  # type: ignore[assignment]
         return model
 
-    def outputs(self, name: str, make: Callable[[], nn.Module]) -> dict[str, Any]:
-        """A trained model's log-probabilities of the probes, and its accuracy on other images."""
-        path = self.folder / f"{name}.npz"
-        if not path.exists():
-            self.set_seed(100 * self.seed + sum(name.encode()) % 97)
-            model = make()
-            images, labels = self.data.test
-            right = answers(model, images, self.data).argmax(-1) == labels
-            probes = answers(model, self.data.probes[0], self.data)
-            np.savez(path, probes=probes.numpy(), accuracy=right.float().mean().item())
-            print(f"seed {self.seed}: {name} {right.float().mean():.1%}", file=sys.stderr)
-        with np.load(path) as stored:
-            return {"probes": stored["probes"], "accuracy": float(stored["accuracy"])}
+    def said(self, source: Any, part: str = "queries") -> Tensor:
+        """Probabilities (n, K) that a source answers."""
+        return answers(source, getattr(self.data, part)[0], self.data).exp()
 
-    def student(
-        self, arch: str, source: Any, part: str = "queries", *, hard: bool = False, share: float = 1
+    def learnt(
+        self,
+        recipe: Recipe,
+        targets: Callable[[], Tensor],
+        part: str = "queries",
     ) -> Callable[[], nn.Module]:
-        """A student of what `source` answers; of labels where `hard`."""
+        """A student of targets, (n, K) probabilities or (n,) labels of the whole part."""
 
         def make() -> nn.Module:
-            images, labels = getattr(self.data, part)
-            count = round(share * len(images))
-            images = images[:count]
-            if source is None:
-                targets = labels[:count]
-            else:
-                said = answers(source, images, self.data)
-                targets = said.argmax(-1) if hard else said.exp()
-            epochs = self.options.epochs if share == 1 else -(-2 * self.options.epochs // 3)
-            model = host(arch, self.options.classes)
-            return train(model, images, targets, self.data, epochs=epochs, seed=self.seed)
+            images = getattr(self.data, part)[0]
+            count = round(recipe.share * len(images))
+            epochs = max(1, round(recipe.epochs * self.options.epochs))
+            return self._fit(recipe, images[:count], targets()[:count], epochs)
 
         return make
 
-    def references(self) -> list[dict[str, Any]]:
-        """Clean students of other architectures than the suspects', made beforehand."""
-        return [
-            self.outputs(f"reference-{arch}", self.student(arch, self.teacher, "reference"))
-            for arch in ("thin", "convnext")
-        ]
+    def references(self) -> dict[str, nn.Module]:
+        """Clean students, made beforehand."""
+        made = {}
+        for name, (recipe, hard) in BANK.items():
 
-    def suspects(self) -> dict[str, tuple[dict[str, Any], Any, bool]]:
-        """Name -> outputs, the wrapper whose signs are looked for, whether they were learnt."""
-        same, other = self.options.teacher, "regnet"
+            def targets(hard: bool = hard) -> Tensor:
+                said = self.said(self.teacher, "reference")
+                return said.argmax(-1) if hard else said
+
+            made[name] = self.kept(
+                f"reference {name}", self.learnt(recipe, targets, part="reference")
+            )
+        return made
+
+    # Suspects ---------------------------------------------------------------------------------
+
+    def suspects(self) -> Iterator[Suspect]:
+        """All that are asked about, the needed ones first."""
+        same = Recipe("resnet")
         served, firm, clean = self.served, self.firm, self.teacher
-        of_customer = served.for_recipient("customer-2")
-        rows = {
-            "strong": (self.student(same, served), served, True),
-            "weak": (self.student(other, served, share=2 / 3), served, True),
-            "strong, hard labels": (self.student(same, served, hard=True), served, False),
-            "strong, margin, hard labels": (self.student(same, firm, hard=True), firm, True),
-            "strong, margin": (self.student(same, firm), firm, True),
-            "clean strong": (self.student(same, clean), served, False),
-            "clean weak": (self.student(other, clean, share=2 / 3), served, False),
-            "clean hard labels": (self.student(same, clean, hard=True), served, False),
-            "own labels": (self.student(same, None), served, False),
-            "another customer's": (self.student(same, of_customer), served, False),
+        said, learnt = self.said, self.learnt
+
+        def soft(of: Any, recipe: Recipe = same) -> Callable[[], nn.Module]:
+            return learnt(recipe, lambda: said(of))
+
+        def hard(of: Any, recipe: Recipe = same) -> Callable[[], nn.Module]:
+            return learnt(recipe, lambda: said(of).argmax(-1))
+
+        yield Suspect("strong", "student", soft(served))
+        yield Suspect("weak", "student", soft(served, WEAK))
+        if self.options.suspects == "students":
+            return
+        # Without margin mode the labels are the clean model's: an innocent, whoever was asked.
+        yield Suspect("hard labels", "innocent", hard(served), True)
+        yield Suspect("margin, hard labels", "hard labels", hard(firm), True)
+        yield Suspect("margin, weak, hard labels", "hard labels", hard(firm, WEAK), True)
+        yield Suspect("margin, soft labels", "hard labels", soft(firm), True)
+        yield Suspect("clean strong", "innocent", soft(clean))
+        yield Suspect("clean weak", "innocent", soft(clean, WEAK))
+        yield Suspect("own labels", "innocent", learnt(same, lambda: self.data.queries[1]))
+        other = served.for_recipient("customer-1")
+        yield Suspect("another customer's", "innocent", soft(other), False, ("customer-1",))
+        if self.options.suspects == "all":
+            yield from self._variants(said, learnt)
+            if self.options.classes > 2:
+                yield from self._colluders()
+            yield from self._erasures()
+
+    def _variants(self, said: Any, learnt: Any) -> Iterator[Suspect]:
+        same, served = Recipe("resnet"), self.served
+        recipes = {
+            "temperature 4": Recipe("resnet", temperature=4.0),
+            "half hard labels": Recipe("resnet", hard=0.5),
+            "a third of the queries": Recipe("resnet", share=1 / 3, epochs=2.0),
         }
-        return {
-            name: (self.outputs(name.replace(" ", "_"), make), wrapper, marked)
-            for name, (make, wrapper, marked) in rows.items()
-        }
+        for name, recipe in recipes.items():
+            yield Suspect(name, "variant", learnt(recipe, lambda: said(served)))
+        rounded = learnt(same, lambda: _shares((said(served) * 100).round()))
+        yield Suspect("answers rounded to 2 decimals", "variant", rounded)
+        if self.options.classes > 2:
+            top = learnt(same, lambda: _shares(_top(said(served), 3)))
+            yield Suspect("answers cut to the top 3", "variant", top)
+        yield Suspect("fine-tuned on true labels", "variant", self._tuned)
+        yield Suspect("half of the weights pruned", "variant", lambda: self._changed("strong"))
+
+    def _colluders(self) -> Iterator[Suspect]:
+        for count in (2, 3):
+            names = tuple(f"customer-{10 * count + i}" for i in range(count))
+            views = [self.served.for_recipient(name) for name in names]
+
+            def mean(views: Any = views) -> Tensor:
+                return sum(self.said(one) for one in views) / len(views)
+
+            make = self.learnt(Recipe("resnet"), mean)
+            yield Suspect(f"{count} customers together", "variant", make, False, names)
+
+    def _erasures(self) -> Iterator[Suspect]:
+        same, queries = Recipe("resnet"), self.data.queries[0]
+
+        def changed(how: Callable[[Tensor], Tensor], recipe: Recipe = same) -> Any:
+            return self.learnt(recipe, lambda: how(self.said(self.served)))
+
+        def own_log_probs() -> Tensor:
+            return answers(self._again("hard labels"), queries, self.data)
+
+        def without_features(said: Tensor) -> Tensor:
+            own = students.penultimate(self._again("hard labels"), queries, self.data)
+            low = students.low_resolution(queries)
+            return students.explained(said, own_log_probs(), torch.cat([low, own], 1))
+
+        smoothed = changed(students.smoothed_labels, Recipe("resnet", weight_decay=5e-3))
+        yield Suspect("label smoothing, weight decay", "erasure", smoothed)
+        views = self.learnt(
+            same, lambda: students.of_views(self.served, queries, self.data, self.seed)
+        )
+        yield Suspect("mean of 6 views", "erasure", views)
+        again = self.learnt(
+            same, lambda: self.said(self._again("strong"), "reference"), "reference"
+        )
+        yield Suspect("self-distillation on other images", "erasure", again)
+        yield Suspect("mean of 20 nearest answers", "erasure", changed(students.of_neighbours))
+        yield Suspect("low-res and own features out", "erasure", changed(without_features))
+        onto = changed(lambda said: students.explained(said, own_log_probs(), None))
+        yield Suspect("projected on own student", "erasure", onto)
+        yield Suspect("class means", "erasure", changed(students.class_means))
+
+    def _again(self, name: str) -> nn.Module:
+        path = self.folder / f"{name.replace(' ', '_')}.pt"
+        if not path.exists():
+            raise SystemExit(f"{name} has to be made first")
+        return self.kept(name, self._teacher)
+
+    def _tuned(self) -> nn.Module:
+        model = self._again("strong")
+        images, labels = (part[:5000] for part in self.data.calibration)
+        epochs = max(1, self.options.epochs // 2)
+        train(model, images, labels, self.data, epochs=epochs, seed=self.seed, rate=0.01)
+        model.arch = self.options.teacher  # type: ignore[assignment]
+        return model
+
+    def _changed(self, name: str) -> nn.Module:
+        model = students.pruned(self._again(name), 0.5)
+        model.arch = self.options.teacher  # type: ignore[assignment]
+        return model
+
+    def outputs(self, name: str, make: Callable[[], nn.Module]) -> dict[str, Any]:
+        """A model's log-probabilities of probes and queries, and its accuracy on other images."""
+        path = self.folder / f"{name.replace(' ', '_').replace(',', '')}.npz"
+        if not path.exists():
+            model = self.kept(name, make)
+            images, labels = self.data.test
+            right = answers(model, images, self.data).argmax(-1) == labels
+            probes = answers(model, self.data.probes[0], self.data).numpy()
+            queries = answers(model, self.data.queries[0], self.data).numpy()
+            accuracy = right.float().mean().item()
+            np.savez(path, probes=probes, queries=queries, accuracy=accuracy)
+            print(f"seed {self.seed}: {name} {accuracy:.1%}", file=sys.stderr, flush=True)
+        with np.load(path) as stored:
+            return {name: stored[name] for name in stored.files}
 
 
-POSTED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "as it is": lambda p: p,
-    "2 decimals": lambda p: p.round(2),
-    "top 3": lambda p: np.where(p >= np.sort(p, axis=1)[:, [-3]], p, 0.0),
-    "labels": lambda p: p.argmax(axis=1),
-}
+def _shares(p: Tensor) -> Tensor:
+    return p / p.sum(1, keepdim=True)
+
+
+def _top(p: Tensor, count: int) -> Tensor:
+    return torch.where(p >= p.topk(count).values[:, -1:], p, 0.0)
+
+
+def posted(classes: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """What a suspect's owner may do to its answers: probabilities (n, K) in."""
+
+    def heated(p: np.ndarray) -> np.ndarray:
+        q = p ** (1 / 3)
+        return q / q.sum(axis=1, keepdims=True)
+
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "as it is": lambda p: p,
+        "temperature 3": heated,
+        "2 decimals": lambda p: p.round(2),
+        "1 decimal": lambda p: p.round(1),
+        "labels": lambda p: p.argmax(axis=1),
+    }
+    if classes > 3:
+        changes["top 3"] = lambda p: np.where(p >= np.sort(p, axis=1)[:, [-3]], p, 0.0)
+    return changes
 
 
 def readings(run: Run) -> dict[str, Any]:
     """Every statistic of one seed."""
-    bank = [reference["probes"].astype(np.float64) for reference in run.references()]
-    images = run.data.seen(run.data.probes[0]).cpu()
-    views = {id(wrapper): wrapper.probes(images) for wrapper in (run.served, run.firm)}
+    data = run.data
+    bank = [run.outputs(f"reference {name}", lambda: nn.Module()) for name in run.references()]
+    fresh = {m: _view(run, m, data.probes[0]) for m in (False, True)}
+    logged = _view(run, True, data.queries[0])
     found: dict[str, Any] = {}
-    for name, (outputs, wrapper, marked) in run.suspects().items():
-        row: dict[str, Any] = {"accuracy": outputs["accuracy"], "marked": marked, "t": {}}
-        for posted, change in POSTED.items():
-            if posted == "top 3" and run.options.classes < 4:
-                continue
-            for count in COUNTS if posted == "as it is" else (2000, 5000):
-                probes = _first(views[id(wrapper)], count)
-                said = Outputs.read(change(np.exp(outputs["probes"][:count])), probes.classes)
-                given = [one[:count] for one in bank]
-                weights = {CLASSES: class_weights(said, probes, given)}
-                if probes.margin is not None:
-                    weights[PAIR] = pair_weights(said, probes, given)
-                signs = probes.signs(None)
-                for reading, a in weights.items():
-                    t = agreement(a, signs)
-                    row["t"][f"{posted}/{count}/{reading}"] = t
-                    if posted == "as it is" and count == 2000:
-                        wrong = _wrong(run.key, a)
-                        row.setdefault("wrong_keys", {})[reading] = _null(wrong)
-        row["log10_p"] = {k: log10_rademacher_tail(t) for k, t in row["t"].items()}
-        found[name] = row
-        said = {k: round(t, 1) for k, t in row["t"].items()}
-        print(f"seed {run.seed}: {name} {outputs['accuracy']:.1%} {said}", file=sys.stderr)
-    test_images, test_labels = run.data.test
-    seen = run.data.seen(test_images).cpu()
+    wrong: list[float] = []
+    for suspect in run.suspects():
+        said = run.outputs(suspect.name, suspect.make)
+        if run.options.train_only:
+            continue
+        row: dict[str, Any] = {"kind": suspect.kind, "accuracy": float(said["accuracy"])}
+        probes = fresh[suspect.margin]
+        core = suspect.kind not in ("variant", "erasure")
+        row["fresh"] = {
+            name: {
+                str(count): _judged(change(np.exp(said["probes"][:count])), probes, bank, "probes")
+                for count in (COUNTS if name == "as it is" else (2000, 5000))
+            }
+            for name, change in posted(run.options.classes).items()
+            if name == "as it is" or (suspect.kind != "innocent" and core)
+        }
+        alone = np.exp(said["probes"][:2000])
+        if suspect.margin:
+            row["logged"] = {
+                name: _judged(change(np.exp(said["queries"])), logged, bank, "queries")
+                for name, change in posted(run.options.classes).items()
+                if name in ("as it is", "labels")
+            }
+        if core:
+            row["teacher_only"] = _judged(alone, probes, [], "probes")
+            row["wrong_keys"], t = _wrong(run, suspect, alone, probes, bank)
+            wrong += t
+        if suspect.customers:
+            row["customers"] = _traced(run, suspect, alone, probes, bank)
+        found[suspect.name] = row
+        t = {k: v["t"] for k, v in row["fresh"]["as it is"].items()}
+        more = {k: v["t"] for k, v in row.get("logged", {}).items()}
+        print(f"seed {run.seed}: {suspect.name} {row['accuracy']:.1%} {t} {more}", file=sys.stderr)
+    images, labels = (torch.cat(pair) for pair in zip(data.probes, data.test, strict=True))
+    seen = data.seen(images).cpu()
+    right = answers(run.teacher, images, data).argmax(-1) == labels
     return {
-        "teacher_accuracy": float(
-            (answers(run.teacher, test_images, run.data).argmax(-1) == test_labels).float().mean()
-        ),
-        "distortion": run.served.distortion(seen, test_labels).to_dict(),
-        "margin_distortion": run.firm.distortion(seen, test_labels).to_dict(),
+        "teacher_accuracy": float(right.float().mean()),
+        "references": {name: float(one["accuracy"]) for name, one in zip(BANK, bank, strict=True)},
+        "distortion": run.served.distortion(seen, labels).to_dict(),
+        "margin_distortion": run.firm.distortion(seen, labels).to_dict(),
         "margin_expected_price": run.firm.expected_price,
+        "wrong_keys": _null(wrong) | {"ranks": _ranks(wrong)} if wrong else None,
         "suspects": found,
     }
 
 
-def _first(probes: Any, count: int) -> Any:
-    import dataclasses
+def _view(run: Run, margin: bool, images: Tensor) -> Probes:
+    return (run.firm if margin else run.served).probes(run.data.seen(images).cpu(), 500)
 
+
+def _judged(
+    said: np.ndarray, probes: Probes, bank: list[dict[str, Any]], part: str
+) -> dict[str, Any]:
+    count = len(said)
+    given = [one[part][:count] for one in bank]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no probe was used for calibration
+        evidence = verify_outputs(said, None, _first(probes, count), given)
+    return {
+        "t": round(evidence.t, 3),
+        "log10_p": round(evidence.log10_p, 3),
+        "reading": evidence.reading,
+    }
+
+
+def _first(probes: Probes, count: int) -> Probes:
     parts = {name: getattr(probes, name)[:count] for name in ("psi", "log_probs", "seen")}
     return dataclasses.replace(probes, **parts)
 
 
-def _wrong(key: OwnerKey, weights: np.ndarray) -> list[float]:
-    return [
-        agreement(weights, chip_signs(key.for_recipient(f"wrong-{i}"), *weights.shape))
-        for i in range(WRONG)
-    ]
+def _weights(said: np.ndarray, probes: Probes, bank: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    probes = _first(probes, len(said))
+    outputs = Outputs.read(said, probes.classes)
+    given = [one["probes"][: len(said)].astype(np.float64) for one in bank]
+    weights = {CLASSES: class_weights(outputs, probes, given)}
+    if probes.margin is not None:
+        weights[PAIR] = pair_weights(outputs, probes, given)
+    return weights
+
+
+def _wrong(
+    run: Run, suspect: Suspect, said: np.ndarray, probes: Probes, bank: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[float]]:
+    """What keys say that nobody used, other ones for every suspect, and every t."""
+    found, every = {}, []
+    for reading, weights in _weights(said, probes, bank).items():
+        names = (f"wrong {suspect.name} {reading} {i}" for i in range(WRONG))
+        t = [agreement(weights, probes.signs(name)) for name in names]
+        found[reading] = _null(t)
+        every += t
+    return found, every
 
 
 def _null(t: list[float]) -> dict[str, float]:
     from scipy import stats
 
     return {
+        "count": len(t),
         "ks_p": float(stats.kstest(t, "norm").pvalue),
         "sd": statistics.pstdev(t),
         "largest": max(t),
@@ -305,22 +419,49 @@ def _null(t: list[float]) -> dict[str, float]:
     }
 
 
+def _ranks(t: list[float]) -> list[tuple[int, float]]:
+    """Some of the largest values, with their ranks."""
+    ordered = sorted(t, reverse=True)
+    ranks = np.unique(np.geomspace(1, len(t), 80).astype(int))
+    return [(int(rank), round(ordered[rank - 1], 3)) for rank in ranks]
+
+
+def _traced(
+    run: Run, suspect: Suspect, said: np.ndarray, probes: Probes, bank: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Which of a thousand customers, from one pass over the outputs."""
+    names = [f"customer-{i}" for i in range(CUSTOMERS)]
+    weights = _weights(said, probes, bank)[CLASSES]
+    t = {name: agreement(weights, probes.signs(name)) for name in names}
+    best = sorted(t, key=t.__getitem__, reverse=True)
+    return {
+        "of": CUSTOMERS,
+        "t": {name: round(t[name], 3) for name in suspect.customers},
+        "best_other_t": round(max(t[name] for name in names if name not in suspect.customers), 3),
+        "named_first": best[0] in suspect.customers,
+        "all_ahead": set(best[: len(suspect.customers)]) == set(suspect.customers),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", type=int, choices=[2, 10], default=10)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--features", choices=["H", "M"], default="H")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--suspects", choices=["students", "core", "all"], default="all")
     parser.add_argument("--train", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=15_000)
     parser.add_argument("--calibration", type=int, default=5_000)
     parser.add_argument("--reference", type=int, default=10_000)
     parser.add_argument("--teacher", choices=["resnet", "resnet18"], default="resnet")
     parser.add_argument("--teacher-epochs", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--size", type=int, default=64, help="pixels that the models see")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--size", type=int, default=48, help="pixels that the models see")
     parser.add_argument("--eps", type=float, help="1, and 2 for two classes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="ResNet-18, 30 epochs, 128 pixels")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--train-only", action="store_true", help="fill the cache, read nothing")
     parser.add_argument("--cache", type=Path, default=Path("build/distillation"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -334,19 +475,23 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data = Data(options)
-    hidden = ("out", "cache", "threads", "device")
+    hidden = ("out", "cache", "threads", "device", "train_only")
     record: dict[str, Any] = {
         "question": "Does a student of marked answers carry the mark?",
         "settings": {k: v for k, v in vars(options).items() if k not in hidden}
-        | {"margin": MARGIN, "wrong_keys": WRONG, "features": "H"},
+        | {
+            "eps": options.eps or EPS[options.classes],
+            "margin": MARGIN[options.classes],
+            "wrong_keys": WRONG,
+            "bank": list(BANK),
+        },
         "results": {},
     }
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         record["results"][str(seed)] = readings(Run(seed, data, options))
-        if options.out is not None:
+        if options.out is not None and not options.train_only:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record["results"], indent=2)[:2000])
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,16 @@ def test_students_learn_and_answer(bank):
     assert not list(bank.folder.glob("*.partial"))
 
 
+def test_students_of_labels_alone(tmp_path):
+    x, surest = images(128), {}
+    for hard, labels in ((False, "soft"), (True, "hard")):
+        bank = ReferenceBank(tmp_path / labels, {"vit": lambda: vit(seed=3)})
+        bank.distil(vit(), x, epochs=10, batch_size=16, hard_labels=hard)
+        assert bank.entries["vit"]["labels"] == labels
+        surest[labels] = np.exp(bank.answers(x)["vit"]).max(axis=1).mean()
+    assert surest["hard"] > 1.5 * surest["soft"]  # it was never told of a doubt
+
+
 def test_what_is_there_is_not_made_again(bank):
     before = {path: path.stat().st_mtime_ns for path in bank.folder.iterdir()}
     ReferenceBank(bank.folder, STUDENTS).distil(vit(), images(128), **HOW)

@@ -31,6 +31,7 @@ __all__ = [
 CLASSES, PAIR = "all classes", "top pair"  # the names of the readings
 _SHARE = 0.25  # of the probes, at most, is spent on directions that references explain
 _DUST = 1e-6  # of the largest singular value: below it covariates repeat each other
+_LEVEL = 0.3  # of the mean: how far directions are levelled
 _MOST_PAIRS = 4000  # probes of the pair reading: its kernel is (n, n)
 
 
@@ -54,7 +55,9 @@ def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles
     """How every class moves with every feature, (nb, K).
 
     The suspect's centred log-probabilities are freed of what the clean references explain, brought
-    to the same length probe by probe, and regressed on the features, freed of the same.
+    to the same length probe by probe, and correlated with the features, freed of the same. Signs
+    weigh alike along every direction of the features; where answers move more than elsewhere, it is
+    for reasons of the suspect's own, and those directions are levelled.
 
     Args:
         outputs: The suspect's, n probes.
@@ -71,7 +74,7 @@ def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles
         mean = (residual * mask).sum(axis=1, keepdims=True) / probes.top_k
         residual = (residual - mean) * mask
     psi = _without(basis, probes.psi.astype(np.float64))
-    return np.linalg.lstsq(psi, _unit_rows(residual), rcond=1e-8)[0].astype(np.float64)
+    return _levelled(psi.T @ _unit_rows(residual))
 
 
 def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles] = ()) -> Doubles:
@@ -155,6 +158,17 @@ def _without(basis: Doubles, x: Doubles) -> Doubles:
     """An array (n, m) less its projection on an orthonormal basis."""
     left: Doubles = x - basis @ (basis.T @ x)
     return left
+
+
+def _levelled(weights: Doubles) -> Doubles:
+    """(A A' + ridge)^(-1/2) A for weights A (nb, K)."""
+    size, directions = np.linalg.eigh(weights @ weights.T)
+    ridge = _LEVEL * float(size.mean())
+    if not ridge > 0.0:
+        return weights
+    level = directions / np.sqrt(np.maximum(size, 0.0) + ridge)
+    levelled: Doubles = level @ (directions.T @ weights)
+    return levelled
 
 
 def _unit_rows(x: Doubles) -> Doubles:

@@ -68,6 +68,7 @@ class ReferenceBank:
         batch_size: int = 128,
         learning_rate: float = 2e-3,
         seed: int = 0,
+        hard_labels: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Train every student that the bank lacks on the clean soft labels of `model`.
@@ -81,6 +82,8 @@ class ReferenceBank:
             batch_size: Images a step.
             learning_rate: Of AdamW, at its peak.
             seed: Of weights and order.
+            hard_labels: Teach the most likely class alone, as to a thief who keeps nothing else:
+                what margin mode is read against.
             progress: Called with epochs done and planned.
 
         Raises:
@@ -95,12 +98,15 @@ class ReferenceBank:
         missing = [name for name in self.students if name not in self.entries]
         if not missing:
             return
-        targets = _answers(model, pixel_values, batch_size).softmax(1)
+        logits = _answers(model, pixel_values, batch_size)
+        targets = logits.argmax(1) if hard_labels else logits.softmax(1)
         setting = {
             "epochs": epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
             "seed": seed,
+            "classes": logits.shape[1],
+            "labels": "hard" if hard_labels else "soft",
             "images": len(pixel_values),
             "images_sha256": _sum(pixel_values),
         }
@@ -143,10 +149,10 @@ class ReferenceBank:
                 for group in optimizer.param_groups:
                     group["lr"] = setting["learning_rate"] * rate
                 logits = logits_of(student(pixel_values=_flipped(x[batch])), labelled=False)
-                if logits.shape[1] != targets.shape[1]:
+                if logits.shape[1] != setting["classes"]:
                     raise SoftLabelError(
                         f"The student {name!r} has other classes than the model",
-                        expected=targets.shape[1],
+                        expected=setting["classes"],
                         got=logits.shape[1],
                     )
                 loss = nn.functional.cross_entropy(logits, targets[batch])

@@ -1,0 +1,349 @@
+"""The tables and pictures of marked soft labels, from the files that hold their figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_READ = "fresh"
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _text(*parts: str) -> str:
+    return textwrap.fill(" ".join(parts), 98, break_long_words=False, break_on_hyphens=False)
+
+
+def _each(values: Iterable[float], form: str = ".1f") -> str:
+    return ", ".join(format(value, form) for value in values)
+
+
+def _of(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A suspect's rows, one of every seed that has it."""
+    seeds = record["results"].values()
+    return [seed["suspects"][name] for seed in seeds if name in seed["suspects"]]
+
+
+def _accuracy(rows: list[dict[str, Any]]) -> str:
+    return _each(100 * row["accuracy"] for row in rows)
+
+
+def _t(rows: list[dict[str, Any]], how: str = "as it is", probes: int = 2000) -> str:
+    return _each(row[_READ][how][str(probes)]["t"] for row in rows)
+
+
+def _p(rows: list[dict[str, Any]], how: str = "as it is", probes: int = 2000) -> str:
+    return _each(row[_READ][how][str(probes)]["log10_p"] for row in rows)
+
+
+def _settings(record: dict[str, Any]) -> str:
+    settings, seeds = record["settings"], record["results"].values()
+    teacher = _each(100 * seed["teacher_accuracy"] for seed in seeds)
+    return (
+        f"CIFAR-10, {settings['classes']} classes; teacher trained on {settings['train']:,} images "
+        f"(accuracy {teacher}%), students on {settings['queries']:,} others "
+        f"(the weak ones on two thirds of them), eps {settings['eps']:g}, features "
+        f"{settings['features']}; seeds and keys {_each(map(int, record['results']), 'd')}"
+    )
+
+
+def students() -> str:
+    """The main figures: who is found, and how surely."""
+    rows = []
+    names = {
+        "distillation": "10 classes, H",
+        "distillation_mixed": "10 classes, M",
+        "distillation_two_classes": "2 classes, H",
+    }
+    for file, said in names.items():
+        record = _load(file)
+        for name in ("strong", "weak"):
+            found = _of(record, name)
+            rows.append(
+                (
+                    f"{said}: {name} student",
+                    _accuracy(found),
+                    _each(row["teacher_only"]["t"] for row in found),
+                    _t(found),
+                    *(_p(found, probes=count) for count in (300, 2000, 5000)),
+                )
+            )
+    head = ("suspect", "accuracy, %", "t, without references", "t")
+    head += ("log10 p, 300 probes", "2,000", "5,000")
+    record = _load("distillation")
+    spoilt = [seed["distortion"] for seed in record["results"].values()]
+    told = _text(
+        f"{_settings(record)}.",
+        "t with 2,000 probes, in standard deviations of a wrong key's.",
+        "A strong student has the teacher's architecture, a weak one another, which no reference",
+        "has. What the mark costs with 10 classes and H: total variation",
+        f"{_each((one['tv'] for one in spoilt), '.3f')}, top classes changed",
+        f"{_each((one['flips'] for one in spoilt), 'd')}, calibration error",
+        f"{_each((one['ece'][0] for one in spoilt), '.3f')} to",
+        f"{_each((one['ece'][1] for one in spoilt), '.3f')} (`benchmarks/distillation.py`).",
+    )
+    return f"{_table(head, rows)}\n\n{told}"
+
+
+def innocents() -> str:
+    """What wrong keys and innocent models say."""
+    seeds = [
+        seed
+        for file in ("distillation", "distillation_two_classes")
+        for seed in _load(file)["results"].values()
+    ]
+    sets = [
+        found
+        for seed in seeds
+        for row in seed["suspects"].values()
+        for found in row.get("wrong_keys", {}).values()
+    ]
+    pooled = [seed["wrong_keys"] for seed in seeds]
+    own = [
+        found["log10_p"]
+        for seed in seeds
+        for row in seed["suspects"].values()
+        if row["kind"] == "innocent"
+        for found in row["fresh"]["as it is"].values()
+    ]
+    failed = sum(one["ks_p"] <= 0.01 for one in sets)
+    return _text(
+        f"Wrong keys, others for every suspect: {sum(one['count'] for one in sets):,} readings in",
+        f"{len(sets)} sets of a thousand; smallest log10 p",
+        f"{min(one['smallest_log10_p'] for one in sets):.2f}; standard deviation of t, by run,",
+        f"{_each((one['sd'] for one in pooled), '.3f')}; Kolmogorov-Smirnov against the normal",
+        "distribution, all sets of a run together: p",
+        f"{_each((one['ks_p'] for one in pooled), '.2f')} ({failed} of the {len(sets)} single sets",
+        f"are below .01; chance would give {0.01 * len(sets):.1f}).",
+        f"Innocents read with the owner's own key, {len(own)} readings: smallest log10 p",
+        f"{min(own):.2f}.",
+    )
+
+
+def margin() -> str:
+    """Students of labels alone."""
+    rows = []
+    for file, said in (
+        ("distillation", "10 classes"),
+        ("distillation_two_classes", "2 classes"),
+    ):
+        record = _load(file)
+        for name in ("margin, hard labels", "margin, weak, hard labels", "margin, soft labels"):
+            found = _of(record, name)
+            rows.append(
+                (
+                    f"{said}: {name.removeprefix('margin, ')}",
+                    _accuracy(found),
+                    _p(found, probes=5000),
+                    _p(found, "labels", 5000),
+                    *(
+                        _each(row["logged"][how]["log10_p"] for row in found)
+                        for how in ("as it is", "labels")
+                    ),
+                )
+            )
+        found = _of(record, "hard labels")
+        rows.append(
+            (
+                f"{said}: hard labels, margin mode off",
+                _accuracy(found),
+                _p(found, probes=5000),
+                _p(found, "labels", 5000),
+                "",
+                "",
+            )
+        )
+    head = ("student", "accuracy, %", "fresh images, soft", "fresh, labels")
+    head += ("its own queries, soft", "queries, labels")
+    told = []
+    for file in ("distillation", "distillation_two_classes"):
+        record = _load(file)
+        costs = [seed["margin_distortion"] for seed in record["results"].values()]
+        paid = [100 * (one["accuracy"][0] - one["accuracy"][1]) for one in costs]
+        expected = [100 * seed["margin_expected_price"] for seed in record["results"].values()]
+        told.append(
+            f"{record['settings']['classes']} classes, margin="
+            f"({', '.join(f'{one:g}' for one in record['settings']['margin'])}): "
+            f"{_each(paid, '.2f')} points of the teacher's accuracy on 10,000 test images "
+            f"(expected beforehand: {_each(expected, '.2f')})"
+        )
+    more = _text(
+        "log10 p, both readings counted. Fresh: 5,000 images that nobody was asked about. Queries:",
+        "all that the student's account asked.",
+        f"Price: {'; '.join(told)}.",
+    )
+    return f"{_table(head, rows)}\n\n{more}"
+
+
+def erasures() -> str:
+    """What an attacker who knows the scheme pays."""
+    record = _load("distillation")
+    names = [
+        name
+        for name, row in next(iter(record["results"].values()))["suspects"].items()
+        if row["kind"] == "erasure"
+    ]
+    honest = [("nothing: the strong student", "strong")]
+    rows = []
+    for said, name in [*honest, *((one, one) for one in names), ("hard labels", "hard labels")]:
+        found = _of(record, name)
+        strong = _of(record, "strong")[: len(found)]
+        loss = [100 * (b["accuracy"] - a["accuracy"]) for a, b in zip(found, strong, strict=True)]
+        rows.append(
+            (
+                said,
+                _accuracy(found),
+                f"{statistics.mean(loss):+.1f}" if name != "strong" else "",
+                _t(found),
+                _p(found),
+            )
+        )
+    head = ("what the thief does", "accuracy, %", "points lost", "t", "log10 p")
+    return _table(head, rows)
+
+
+def variants() -> str:
+    """Other ways of learning."""
+    record = _load("distillation")
+    first = next(iter(record["results"].values()))["suspects"]
+    rows = []
+    for name, row in first.items():
+        if row["kind"] in ("variant", "student"):
+            found = _of(record, name)
+            rows.append((name, _accuracy(found), _t(found), _p(found)))
+    return _table(("student", "accuracy, %", "t", "log10 p"), rows)
+
+
+def answers() -> str:
+    """What the suspect's owner may do to its answers."""
+    record = _load("distillation")
+    strong, weak = (_of(record, name) for name in ("strong", "weak"))
+    both = (strong, weak)
+    rows = [
+        (how, *(_t(one, how) for one in both), *(_p(one, how) for one in both))
+        for how in strong[0][_READ]
+    ]
+    head = ("answers of the suspect", "t, strong", "t, weak", "log10 p, strong", "log10 p, weak")
+    return _table(head, rows)
+
+
+def colluders() -> str:
+    """Customers who learn from the mean of their answers."""
+    record = _load("distillation")
+    rows = []
+    for name, said in (
+        ("another customer's", "1"),
+        ("2 customers together", "2"),
+        ("3 customers together", "3"),
+    ):
+        for found in _of(record, name):
+            traced = found["customers"]
+            rows.append(
+                (
+                    said,
+                    f"{100 * found['accuracy']:.1f}",
+                    _each(traced["t"].values()),
+                    f"{traced['best_other_t']:.1f}",
+                    "yes" if traced["all_ahead"] else "no",
+                )
+            )
+    head = ("colluders", "accuracy, %", "t of each", "best other of 1,000", "all named first")
+    return _table(head, rows)
+
+
+def leaks() -> str:
+    """A hundred leaks."""
+    record = _load("leaks")
+    count, settings = len(record["leaks"]), record["settings"]
+    kinds = {
+        name: [row for row in record["leaks"] if row["architecture"] == name]
+        for name in ("resnet", "regnet")
+    }
+    parts = [
+        f"{sum(row['verdict'] == 'found' and row['named'] == row['leaked_by'] for row in rows)} of "
+        f"{len(rows)} {said} (median t {statistics.median(row['t'] for row in rows):.1f})"
+        for rows, said in zip(
+            kinds.values(), ("of the teacher's architecture", "of another"), strict=True
+        )
+    ]
+    return _text(
+        f"Of {count} students, each of one of {settings['customers']:,} customers, "
+        f"{record['first_rightly']} point at the right customer first and "
+        f"{record['named_rightly']} beyond alpha, all customers counted: {'; '.join(parts)}. "
+        f"Of {len(record['innocents'])} clean students {record['innocents_named']} named anybody. "
+        f"{settings['probes']:,} probes each (`benchmarks/leaks.py`)."
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "students": students,
+    "innocents": innocents,
+    "margin": margin,
+    "erasures": erasures,
+    "variants": variants,
+    "answers": answers,
+    "colluders": colluders,
+    "leaks": leaks,
+}
+
+
+def pictures(folder: Path) -> None:
+    """Statistics against the number of probes, and the p-values of innocents on a uniform scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from hf_watermark.significance import log10_rademacher_tail
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    record = _load("distillation")
+    for name, colour in (("strong", "tab:blue"), ("weak", "tab:orange")):
+        for i, row in enumerate(_of(record, name)):
+            counts = {int(k): v["t"] for k, v in row[_READ]["as it is"].items()}
+            left.plot(list(counts), list(counts.values()), "o-", color=colour, alpha=0.7,
+                      label=f"{name} student" if i == 0 else None)  # fmt: skip
+    for i, name in enumerate(("clean strong", "clean weak", "own labels")):
+        for j, row in enumerate(_of(record, name)):
+            counts = {int(k): v["t"] for k, v in row[_READ]["as it is"].items()}
+            label = "innocents" if i == j == 0 else None
+            left.plot(list(counts), list(counts.values()), ".:", color="0.6", label=label)
+    left.axhline(_needed(log10_rademacher_tail, -9.0), color="k", lw=0.8, ls="--")
+    left.text(210, _needed(log10_rademacher_tail, -9.0) + 0.2, "p = 1e-9", fontsize=9)
+    left.set(xscale="log", xlabel="probes", ylabel="t")
+    left.set_title("Students and innocents, every seed")
+    left.set_xticks([200, 500, 1000, 2000, 5000], ["200", "500", "1,000", "2,000", "5,000"])
+    left.minorticks_off()
+    left.legend(frameon=False)
+    for i, (seed, found) in enumerate(record["results"].items()):
+        n = found["wrong_keys"]["count"]
+        ranks, t = zip(*found["wrong_keys"]["ranks"], strict=True)
+        p = [statistics.NormalDist().cdf(-one) for one in t]
+        right.plot([(rank - 0.5) / n for rank in ranks], p, ".-", color="tab:green",
+                   alpha=0.4 + 0.2 * i, label=f"{n:,} wrong keys, seed {seed}")  # fmt: skip
+    right.plot([5e-5, 1], [5e-5, 1], "k--", lw=0.8, label="uniform")
+    right.set(xscale="log", yscale="log", xlabel="rank / number", ylabel="p of the normal tail")
+    right.set_title("What wrong keys say of innocents")
+    right.legend(frameon=False)
+    figure.savefig(folder / "softlabels.png", dpi=110)
+
+
+def _needed(tail: Callable[[float], float], log10_p: float) -> float:
+    t = 0.0
+    while tail(t) > log10_p:
+        t += 0.01
+    return t
