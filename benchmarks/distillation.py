@@ -173,7 +173,8 @@ class Run:
         # Without margin mode the labels are the clean model's: an innocent, whoever was asked.
         yield Suspect("hard labels", "innocent", hard(served), True)
         yield Suspect("margin, hard labels", "hard labels", hard(firm), True)
-        yield Suspect("margin, weak, hard labels", "hard labels", hard(firm, WEAK), True)
+        if self.options.classes > 2:
+            yield Suspect("margin, weak, hard labels", "hard labels", hard(firm, WEAK), True)
         yield Suspect("margin, soft labels", "hard labels", soft(firm), True)
         yield Suspect("clean strong", "innocent", soft(clean))
         yield Suspect("clean weak", "innocent", soft(clean, WEAK))
@@ -181,10 +182,10 @@ class Run:
         other = served.for_recipient("customer-1")
         yield Suspect("another customer's", "innocent", soft(other), False, ("customer-1",))
         if self.options.suspects == "all":
-            yield from self._variants(said, learnt)
+            yield from self._erasures()
             if self.options.classes > 2:
                 yield from self._colluders()
-            yield from self._erasures()
+            yield from self._variants(said, learnt)
 
     def _variants(self, said: Any, learnt: Any) -> Iterator[Suspect]:
         same, served = Recipe("resnet"), self.served

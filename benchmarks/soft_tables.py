@@ -144,6 +144,8 @@ def margin() -> str:
         record = _load(file)
         for name in ("margin, hard labels", "margin, weak, hard labels", "margin, soft labels"):
             found = _of(record, name)
+            if not found:
+                continue
             rows.append(
                 (
                     f"{said}: {name.removeprefix('margin, ')}",
