@@ -13,16 +13,17 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_watermark.card import updated_card, without_watermark
+from hf_watermark.card import updated_card
 from hf_watermark.carriers import Carrier
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
 from hf_watermark.claims import locate_carriers, make_claim
+from hf_watermark.drafts import Drafts
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.errors import (
     AttachError,
@@ -36,7 +37,12 @@ from hf_watermark.hub import HubFiles
 from hf_watermark.key import OwnerKey
 from hf_watermark.publish import CARD_FILE, read_card_text, write_card, write_file
 from hf_watermark.scheme import Scheme
+from hf_watermark.softlabels.answers import logits_of
+from hf_watermark.softlabels.teacher import Teacher
 from hf_watermark.verify import verify_hub_model
+
+if TYPE_CHECKING:
+    from hf_watermark.softlabels import SoftLabelWatermark
 
 __all__ = ["WatermarkTrainer"]
 
@@ -53,6 +59,11 @@ class WatermarkTrainer(Trainer):
         watermark_scheme: None takes `Scheme()`: spread by projection, nothing to tune.
         watermark_carriers: Names of the parameters that carry the mark. None chooses. Names given
             here are kept out of the public claim; `claim` holds the owner's copy, to be saved.
+        watermark_teacher: A calibrated `SoftLabelWatermark` around another model. The training loss
+            is then the cross-entropy against its soft labels, in place of the task's, so that the
+            weights carry that mark too, for `verify_outputs` to find; labels are not needed. It is
+            moved to the student's device, otherwise left as it is, and never saved.
+        distillation_temperature: Of both sides' soft labels; see `Teacher`.
 
     Attributes:
         watermark: The `WatermarkLoss` at work.
@@ -68,6 +79,8 @@ class WatermarkTrainer(Trainer):
         watermark_key: OwnerKey,
         watermark_scheme: Scheme | None = None,
         watermark_carriers: Sequence[str] | None = None,
+        watermark_teacher: SoftLabelWatermark | None = None,
+        distillation_temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if not isinstance(watermark_key, OwnerKey):
@@ -76,12 +89,18 @@ class WatermarkTrainer(Trainer):
                 got=type(watermark_key).__name__,
                 do="load it: OwnerKey.load('acme.key')",
             )
+        self._teacher = (
+            None
+            if watermark_teacher is None
+            else Teacher(watermark_teacher, distillation_temperature)
+        )
         super().__init__(*args, **kwargs)
+        self._check_loss()
         self._watermark_key = watermark_key
         self._watermark_scheme = watermark_scheme
         self._watermark_carriers = watermark_carriers
         self.claim: Claim | None = None
-        self._drafts: set[str] = set()
+        self._drafts = Drafts()
         self._checkpoint: Path | None = None
         self._push_revision: str | None = None
         self._push_token: str | None = None
@@ -96,6 +115,16 @@ class WatermarkTrainer(Trainer):
             self._watermark_scheme,
             carriers=self._watermark_carriers,
         )
+
+    def _check_loss(self) -> None:
+        if self._teacher is None:
+            return
+        self._teacher.accept(cast(nn.Module, self.model))
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise AttachError(
+                "With a teacher the loss is the cross-entropy against its soft labels",
+                got="compute_loss_func or label_smoothing_factor as well",
+            )
 
     @property
     def _folder(self) -> Path:
@@ -118,8 +147,13 @@ class WatermarkTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss; in training, with the mark's term if the scheme has one."""
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """The task's or the teacher's; in training, with the mark's term if the scheme has one."""
+        result: Any
+        if self._teacher is not None and model.training:
+            loss, outputs = self._lesson(self._teacher, model, inputs, num_items_in_batch)
+            result = (loss, outputs) if return_outputs else loss
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training or self.watermark.scheme.embedding == "projection":
             return result
         penalty = self.watermark.penalty()
@@ -131,6 +165,26 @@ class WatermarkTrainer(Trainer):
             return result + penalty.to(result.device)
         loss, outputs = result
         return loss + penalty.to(loss.device), outputs
+
+    def _lesson(
+        self,
+        teacher: Teacher,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, Any]:
+        """The loss against the teacher's soft labels, normalised as Trainer does, and outputs."""
+        asked = {k: v for k, v in inputs.items() if k not in ("labels", *self.label_names)}
+        outputs = model(**asked)
+        losses = teacher.losses(logits_of(outputs, labelled=False), inputs["pixel_values"])
+        if not self._is_scaled(num_items_in_batch):
+            return losses.mean(), outputs
+        if num_items_in_batch is None:
+            return losses.mean() / self.current_gradient_accumulation_steps, outputs
+        loss = losses.sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices:  # they were counted in all processes
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss, outputs
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether Trainer takes the loss as scaled for accumulation already."""
@@ -168,7 +222,7 @@ class WatermarkTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        self._note_draft(before, self._card_bytes())
+        self._drafts.note(before, self._card_bytes())
         folder = self._folder if output_dir is None else Path(output_dir)
         try:
             self.claim = self._claim_about(folder, state_dict or {})
@@ -250,19 +304,11 @@ class WatermarkTrainer(Trainer):
             with contextlib.suppress(RevisionMissingError):
                 files = HubFiles(repo, revision, self._push_token or self.args.hub_token)
                 cards.insert(0, read_card_text(files))
-        touched = [card for card in cards if card and without_watermark(card) not in self._drafts]
-        return touched[0] if touched else None
+        return self._drafts.first_other(cards)
 
     def _card_bytes(self) -> bytes | None:
         path = self._folder / CARD_FILE
         return path.read_bytes() if path.is_file() else None
-
-    def _note_draft(self, before: bytes | None, after: bytes | None) -> None:
-        """Saving an adapter makes peft write a template, or edit the card that is there."""
-        if after is None or after == before:
-            return
-        if before is None or without_watermark(before.decode()) in self._drafts:
-            self._drafts.add(without_watermark(after.decode()))
 
     def _local_evidence(self) -> Evidence:
         evidence = verify_hub_model(self._folder, self._watermark_key, claim=self.claim, read="all")

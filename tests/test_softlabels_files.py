@@ -121,6 +121,7 @@ def test_the_leak_is_named(case):
     assert (fields["verdict"], fields["recipient"], fields["tries"]) == ("found", "b", 3)
     assert fields["references"] == 2
     assert fields["outputs"] == "probabilities, rounded to 3 decimals"
+    assert (fields["suspect"], fields["revision"]) == (str(case / "student.npz"), None)
 
 
 def test_in_words(case):

@@ -25,7 +25,7 @@ from hf_watermark.errors import (
 )
 from hf_watermark.softlabels.classifiers import Classifier
 from hf_watermark.softlabels.probe_images import ProbeImages
-from hf_watermark.softlabels.suspects import answers_of
+from hf_watermark.softlabels.suspects import answers_of, named
 from hf_watermark.testing import LoopbackHub
 from hf_watermark.verify import verify_outputs
 
@@ -101,8 +101,13 @@ def test_on_the_hub(suspect, images, tmp_path):
             path_or_fileobj=b"boom", path_in_repo="pytorch_model.bin", repo_id="demo/copy"
         )
         answers = Classifier("demo/copy", token=hub.token).answers(images, OWN)
+        commit = api.model_info("demo/copy").sha
+        for revision in (None, "main", commit):
+            assert named("demo/copy", revision, hub.token) == ("demo/copy", commit)
         with pytest.raises(HubError):
             Classifier("demo/nothing", token=hub.token)
+        with pytest.raises(HubError):
+            named("demo/nothing", None, hub.token)
     assert np.allclose(answers, Classifier(suspect).answers(images, OWN), atol=1e-5)
 
 
@@ -189,6 +194,15 @@ def test_suspects_by_name(suspect, images, tmp_path, processor):
         answers_of(suspect, probes, few)
 
 
+def test_what_evidence_calls_a_suspect(suspect):
+    assert named(suspect) == (str(suspect), None)
+    assert named("a.npz") == ("a.npz", None)
+    url = "https://user:secret@thief.example:8443/classify?token=secret"
+    assert named(url) == ("https://thief.example:8443/classify", None)
+    with pytest.raises(OutputsError, match="no URL"):
+        named("https://")
+
+
 def test_the_command(suspect, images, tmp_path, processor):
     """A thief who serves the marked model itself, saved with its classes in another order."""
     x = processor(pictures(), return_tensors="pt")["pixel_values"]
@@ -202,7 +216,9 @@ def test_the_command(suspect, images, tmp_path, processor):
     common = ("--key", tmp_path / "acme.key", "--probes", tmp_path / "acme.probes", "--json")
     done = run("verify-outputs", suspect, *common, "--images", folder)
     assert (done.returncode, done.stderr) == (1, "")
-    assert json.loads(done.stdout)["outputs"] == "log-probabilities"
+    fields = json.loads(done.stdout)
+    assert fields["outputs"] == "log-probabilities"
+    assert (fields["suspect"], fields["revision"]) == (str(suspect), None)
     (tmp_path / "names.txt").write_text("\n".join(OWN[:9]))
     done = run("verify-outputs", suspect, *common, "--images", folder, "--labels",
                tmp_path / "names.txt")  # fmt: skip

@@ -47,8 +47,9 @@ def test_soft_labels_change_and_the_top_class_does_not(classes, features, family
     assert torch.allclose(clean.logsumexp(1), marked.logsumexp(1), atol=1e-4)
 
 
-def test_a_thousand_classes():
-    served = SoftLabelWatermark(vit(1000, width=96), KEY).calibrate(images(800))
+@pytest.mark.parametrize("features", ["H", "M"])
+def test_a_thousand_classes(features):
+    served = SoftLabelWatermark(vit(1000, width=96), KEY, features=features).calibrate(images(800))
     assert served.how.top_k == 32
     x = images(256, seed=1)
     clean, marked = logits(served.model, x), logits(served, x)
@@ -58,8 +59,9 @@ def test_a_thousand_classes():
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1024])
-def test_an_image_gets_the_same_answer_in_any_batch(batch):
-    served = calibrated()
+@pytest.mark.parametrize("features", ["H", "M"])
+def test_an_image_gets_the_same_answer_in_any_batch(batch, features):
+    served = calibrated(features=features)
     x = images(batch, seed=2)
     whole = logits(served, x)
     alone = torch.cat([logits(served, one[None]) for one in x[:7]])
@@ -155,8 +157,9 @@ def test_broken_images_are_passed_through_counted_and_told():
     assert served.untouched_rows == 1
 
 
-def test_margin_mode_changes_close_calls_alone():
-    served = calibrated(margin=(0.2, 0.3), family="resnet")
+@pytest.mark.parametrize("features", ["H", "M"])
+def test_margin_mode_changes_close_calls_alone(features):
+    served = calibrated(features=features, margin=(0.2, 0.3), family="resnet")
     x = images(2000, seed=3)
     clean, marked = logits(served.model, x).softmax(1), logits(served, x)
     first, second = clean.topk(2, dim=1).indices.T
@@ -173,8 +176,9 @@ def test_margin_mode_changes_close_calls_alone():
 # Customers ----------------------------------------------------------------------------------------
 
 
-def test_customers_share_the_model_and_get_answers_of_their_own():
-    served = calibrated()
+@pytest.mark.parametrize("features", ["H", "M"])
+def test_customers_share_the_model_and_get_answers_of_their_own(features):
+    served = calibrated(features=features)
     x = images(6)
     views = [served.for_recipient(name) for name in ("a", "b")]
     answers = [logits(view, x) for view in (served, *views)]
@@ -198,9 +202,10 @@ def test_every_image_needs_a_recipient():
 # Where it runs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("features", ["H", "M"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_keep_their_top_class(dtype):
-    served = SoftLabelWatermark(vit(), KEY).calibrate(images(640)).to(dtype)
+def test_half_precision_models_keep_their_top_class(dtype, features):
+    served = SoftLabelWatermark(vit(), KEY, features=features).calibrate(images(640)).to(dtype)
     assert served.lens.own.dtype == torch.float32
     x = images(1024, seed=4).to(dtype)
     clean, marked = logits(served.model, x), logits(served, x)
@@ -209,8 +214,9 @@ def test_half_precision_models_keep_their_top_class(dtype):
     assert not torch.equal(clean, marked)
 
 
-def test_autocast_keeps_the_top_class():
-    served = calibrated(family="resnet")
+@pytest.mark.parametrize("features", ["H", "M"])
+def test_autocast_keeps_the_top_class(features):
+    served = calibrated(features=features, family="resnet")
     x = images(1024, seed=5)
     with torch.autocast("cpu", torch.bfloat16):
         clean, marked = logits(served.model, x), logits(served, x)

@@ -120,7 +120,7 @@ def verify_outputs(
     """  # noqa: D301
     from hf_watermark.softlabels.output_files import read_output_file
     from hf_watermark.softlabels.probes import Probes
-    from hf_watermark.softlabels.suspects import answers_of
+    from hf_watermark.softlabels.suspects import answers_of, named
     from hf_watermark.verify import verify_outputs as check
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -128,7 +128,8 @@ def verify_outputs(
     suspects = [*names, *([] if recipients is None else _lines(recipients))]
     key = load_key(key_file)
     probes = Probes.load(probes_file, key)
-    with progress_bar(f"Asking {suspect}") as progress:
+    name, commit = named(suspect, revision, token) if images_at else (suspect, None)
+    with progress_bar(f"Asking {name}") as progress:
         outputs = answers_of(
             suspect,
             probes if labels is None else dataclasses.replace(probes, labels=tuple(_lines(labels))),
@@ -136,7 +137,7 @@ def verify_outputs(
             column=column,
             log=answers,
             form=body,
-            revision=revision,
+            revision=commit or revision,
             processor=processor,
             token=token,
             progress=progress,
@@ -149,10 +150,11 @@ def verify_outputs(
         suspects or None,
         alpha,
     )
+    evidence = dataclasses.replace(evidence, suspect=name, revision=commit)
     if form == "json":
         echo_json(evidence.to_dict())
     elif form == "human":
-        click.echo(_in_words(evidence, suspect))
+        click.echo(_in_words(evidence))
     return FOUND if evidence.found else NOT_FOUND
 
 
@@ -166,11 +168,14 @@ def _lines(path: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _in_words(evidence: OutputEvidence, outputs: str) -> str:
+def _in_words(evidence: OutputEvidence) -> str:
     from hf_watermark.report import chance_in_words, rounded_up
 
     colour = "green" if evidence.found else "yellow"
-    lines = [click.style(evidence.verdict.upper(), fg=colour, bold=True) + f"  {outputs}", ""]
+    lines = [
+        click.style(evidence.verdict.upper(), fg=colour, bold=True) + f"  {evidence.suspect}",
+        "",
+    ]
     whose = "the owner" if evidence.recipient is None else repr(evidence.recipient)
     odds = chance_in_words(evidence.log10_p)
     lines.append(
@@ -187,6 +192,8 @@ def _in_words(evidence: OutputEvidence, outputs: str) -> str:
         ("beside", f"{evidence.references} clean models"),
         ("key", evidence.key_fingerprint),
     ]
+    if evidence.revision is not None:
+        rows.insert(0, ("commit", evidence.revision))
     lines += ["", *(f"  {name:<9} {value}" for name, value in rows), ""]
     if not evidence.found:
         enough = "no estimate" if more is None else f"about {more} probes (an estimate)"

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from hf_watermark.errors import SoftLabelError
 from hf_watermark.softlabels.answers import logits_of
-from hf_watermark.softlabels.probes import image_digests
+from hf_watermark.softlabels.probes import Probes, image_digests
 
 __all__ = ["BANK_FORMAT", "ReferenceBank"]
 
 BANK_FORMAT = "hf-watermark-references/1"
 Progress = Callable[[int, int], None]
 _WARM = 0.1  # of the steps
+_SAME = 1e-2  # nats: what another machine may change in a student's answers
 
 
 class ReferenceBank:
@@ -191,6 +192,31 @@ class ReferenceBank:
             logits = _answers(student.to(pixel_values.device), pixel_values, batch_size)
             found[name] = logits.log_softmax(1).cpu().numpy()
         return found
+
+    def added_to(self, probes: Probes, pixel_values: Tensor, batch_size: int = 256) -> Probes:
+        """The probes with every student's answers among their references, each once.
+
+        Law: `bank.added_to(bank.added_to(probes, x), x)` holds no more than `bank.added_to(probes,
+        x)`, so that a command which was interrupted can be repeated.
+
+        Args:
+            probes: About these images.
+            pixel_values: (n, C, H, W), as the students take them.
+            batch_size: Images a step.
+
+        Raises:
+            SoftLabelError: As `answers`, or if the images are not as many as the probes.
+        """
+        answers = self.answers(pixel_values, batch_size).values()
+        new = [
+            one
+            for one in answers
+            if not any(
+                one.shape == there.shape and np.allclose(one, there, atol=_SAME)
+                for there in probes.references
+            )
+        ]
+        return probes.with_references(new)
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / "bank.json"

@@ -6,21 +6,36 @@ It holds no signs and no key, but who has it can erase the mark.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor, nn
 
+from hf_watermark.errors import SoftLabelError
 from hf_watermark.key import OwnerKey
 from hf_watermark.softlabels.features import KINDS, FeatureMap
 from hf_watermark.softlabels.secret_files import garbled, read_secret, write_secret
 
-__all__ = ["FILE_FORMAT", "SideFile"]
+__all__ = ["FILE_FORMAT", "SideFile", "head_norms"]
 
 FILE_FORMAT = "hf-watermark-softlabels/1"
 _MAP = ("own", "context", "image", "offset")
 _SETTINGS = ("eps", "top_k", "margin", "head", "expected_price")
+
+
+def head_norms(model: nn.Module, head: str) -> npt.NDArray[np.float32]:
+    """The norms of the rows of a layer's weight, (rows,); empty if it has none of its own."""
+    try:
+        weight = getattr(model.get_submodule(head), "weight", None)
+    except AttributeError:
+        weight = None
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return np.zeros(0, np.float32)
+    norms: npt.NDArray[np.float32] = weight.detach().float().flatten(1).norm(dim=1).cpu().numpy()
+    return norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +88,26 @@ class SideFile:
             return cls(FeatureMap(kind, *four), digests, arrays["head_norms"], settings)
         except (KeyError, TypeError, ValueError):
             raise garbled(path, FILE_FORMAT, "arrays or settings that do not fit") from None
+
+    def check(self, model: nn.Module) -> None:
+        """Look whether this is the model that was calibrated for.
+
+        Raises:
+            SoftLabelError: If its head has another shape.
+
+        Warns:
+            UserWarning: If its head has other weights.
+        """
+        norms = head_norms(model, self.settings["head"])
+        if norms.shape != self.head_norms.shape:
+            raise SoftLabelError(
+                "The watermark was calibrated for another model",
+                expected=f"a head of {len(self.head_norms)} rows",
+                got=len(norms),
+            )
+        if not np.allclose(norms, self.head_norms, rtol=0.02, atol=1e-6):
+            warnings.warn(
+                "The model's head is not the one that the watermark was calibrated for: "
+                "calibrate again, and keep the old file for what was served before",
+                stacklevel=3,
+            )

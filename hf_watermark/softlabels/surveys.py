@@ -18,7 +18,7 @@ from hf_watermark.softlabels.lens import image_values
 from hf_watermark.softlabels.probes import image_digests
 from hf_watermark.softlabels.taps import Tap, find_head
 
-__all__ = ["Images", "Survey", "passes", "tap_for"]
+__all__ = ["Images", "Survey", "passes", "resting", "tap_for"]
 
 Images = Tensor | npt.NDArray[Any] | Iterable[Any]
 
@@ -73,7 +73,7 @@ def tap_for(model: nn.Module, pixel_values: Images, head: str | None) -> tuple[T
     first = next(batches, None)
     if first is None or not len(first):
         raise SoftLabelError("There are no images", expected="pixel_values (n, C, H, W)")
-    with _resting(model), torch.no_grad():
+    with resting(model), torch.no_grad():
         inputs = _inputs(model, first[:8])
         logits = logits_of(model(**inputs), labelled=False)
         name = head or find_head(model, inputs, logits)
@@ -91,7 +91,7 @@ def passes(
     model: nn.Module, tap: Tap, pixel_values: Images, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Penultimate features, clean logits and images, batch by batch, in eval mode."""
-    with _resting(model):
+    with resting(model):
         for batch in _batches(pixel_values, batch_size):
             with torch.no_grad():
                 inputs = _inputs(model, batch)
@@ -101,7 +101,7 @@ def passes(
             yield own, logits, batch.to(own.device)
 
 
-class _resting:  # noqa: N801 - a context manager
+class resting:  # noqa: N801 - a context manager
     """Eval mode for a while; every module is then as it was."""
 
     def __init__(self, model: nn.Module) -> None:

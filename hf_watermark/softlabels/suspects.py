@@ -12,10 +12,41 @@ from hf_watermark.softlabels.answer_lists import is_named, scores_by_class
 from hf_watermark.softlabels.output_files import read_output_file
 from hf_watermark.softlabels.probes import Probes
 
-__all__ = ["answers_of"]
+__all__ = ["answers_of", "named"]
 
 Progress = Callable[[int, int], None]
 _FILES = (".npz", ".npy", ".parquet", ".json", ".jsonl")
+_URLS = ("http://", "https://")
+
+
+def named(
+    suspect: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+) -> tuple[str, str | None]:
+    """What evidence calls a suspect, and the commit of a repo, to ask it at that very commit.
+
+    Args:
+        suspect: As in `answers_of`.
+        revision: Of a repo: branch, tag or commit.
+        token: For the Hub.
+
+    Returns:
+        The name, without credentials of a URL; and the full sha, None for anything but a repo.
+
+    Raises:
+        HubError: If the repo is not to be found.
+        OutputsError: If the URL is none.
+    """
+    name = os.fspath(suspect)
+    if name.startswith(_URLS):
+        from hf_watermark.softlabels.endpoint import Endpoint
+
+        return Endpoint(name).name, None
+    if name.lower().endswith(_FILES) or os.path.isdir(name):
+        return name, None
+    from hf_watermark.hub import open_files
+
+    files = open_files(name, revision, token)
+    return files.name, files.revision
 
 
 def answers_of(
@@ -50,7 +81,7 @@ def answers_of(
         WatermarkError: If it cannot be asked, or answers what cannot be read.
     """
     name = os.fspath(suspect)
-    if name.lower().endswith(_FILES) and not name.startswith(("http://", "https://")):
+    if name.lower().endswith(_FILES) and not name.startswith(_URLS):
         found: Any = read_output_file(name)
         return scores_by_class(found, probes.labels) if is_named(found) else found
     if images is None:
@@ -69,7 +100,7 @@ def answers_of(
             expected=f"{len(probes)} images",
             got=len(pictures),
         )
-    if name.startswith(("http://", "https://")):
+    if name.startswith(_URLS):
         from hf_watermark.softlabels.endpoint import Endpoint
 
         ask = Endpoint(

@@ -64,6 +64,8 @@ class OutputEvidence:
             square root as it does until it saturates; None if t is too small to say.
         key_fingerprint: Whose key.
         seconds: Wall time.
+        suspect: Who was asked, as far as it is known: a repo, folder, file or endpoint.
+        revision: The full commit sha of a repo; None for others.
         notes: Remarks for people, not part of the JSON.
     """
 
@@ -84,6 +86,8 @@ class OutputEvidence:
     probes_needed: int | None
     key_fingerprint: str
     seconds: float
+    suspect: str | None = None
+    revision: str | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -22,7 +22,7 @@ from hf_watermark.softlabels.features import KINDS, FeatureMap, images_needed
 from hf_watermark.softlabels.lens import Lens
 from hf_watermark.softlabels.perturbation import Bend, Margin, bend
 from hf_watermark.softlabels.probes import Probes
-from hf_watermark.softlabels.storage import SideFile
+from hf_watermark.softlabels.storage import SideFile, head_norms
 from hf_watermark.softlabels.surveys import Images, Survey, passes, tap_for
 from hf_watermark.softlabels.taps import Tap
 
@@ -319,7 +319,7 @@ class SoftLabelWatermark(nn.Module):
             "head": tap.head,
             "expected_price": self._expected_price,
         }
-        norms = _head_norms(self.model, tap.head)
+        norms = head_norms(self.model, tap.head)
         SideFile(feature_map, self._digests, norms, settings).save(path, self._key)
 
     @classmethod
@@ -346,19 +346,7 @@ class SoftLabelWatermark(nn.Module):
             top_k=settings["top_k"],
             head=settings["head"],
         )
-        norms = _head_norms(model, settings["head"])
-        if norms.shape != stored.head_norms.shape:
-            raise SoftLabelError(
-                "The watermark was calibrated for another model",
-                expected=f"a head of {len(stored.head_norms)} rows",
-                got=len(norms),
-            )
-        if not np.allclose(norms, stored.head_norms, rtol=0.02, atol=1e-6):
-            warnings.warn(
-                "The model's head is not the one that the watermark was calibrated for: "
-                "calibrate again, and keep the old file for what was served before",
-                stacklevel=2,
-            )
+        stored.check(model)
         served.lens.tap = Tap(model, settings["head"])
         served._expected_price = float(settings["expected_price"])
         served._adopt(stored.map, stored.digests)
@@ -398,15 +386,3 @@ class SoftLabelWatermark(nn.Module):
 
 def _id2label(model: nn.Module) -> Any:
     return getattr(getattr(model, "config", None), "id2label", None)
-
-
-def _head_norms(model: nn.Module, head: str) -> npt.NDArray[np.float32]:
-    """The norms of the rows of a layer's weight, (rows,); empty if it has none of its own."""
-    try:
-        weight = getattr(model.get_submodule(head), "weight", None)
-    except AttributeError:
-        weight = None
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return np.zeros(0, np.float32)
-    norms: npt.NDArray[np.float32] = weight.detach().float().flatten(1).norm(dim=1).cpu().numpy()
-    return norms
