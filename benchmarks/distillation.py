@@ -40,7 +40,7 @@ from hf_watermark.softlabels.outputs import Outputs
 from hf_watermark.softlabels.probes import Probes
 from hf_watermark.verify import verify_outputs
 
-MARGIN = {10: (0.1, 0.3), 2: (0.25, 0.3)}
+MARGIN = {10: (0.12, 0.3), 2: (0.25, 0.3)}
 EPS = {10: 1.0, 2: 2.0}
 COUNTS = (200, 300, 500, 1000, 2000, 5000)
 WRONG, CUSTOMERS = 1000, 1000
@@ -52,6 +52,7 @@ BANK = {
     "another architecture": (Recipe("bottleneck", batch=128), False),
 }
 WEAK = Recipe("regnet", share=2 / 3, epochs=1.25)
+PATIENT = Recipe("resnet", epochs=1.75)  # labels alone take longer to learn
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Run:
         self.served = SoftLabelWatermark(self.teacher, self.key, eps, options.features)
         self.served.calibrate(shown).eval()
         margin = MARGIN[classes]
-        self.firm = SoftLabelWatermark(self.teacher, self.key, eps, options.features, margin)
+        # Another key than above: the price and the weights of margin mode were chosen on that one.
+        firm_key = OwnerKey((7200 + seed).to_bytes(32, "big"))
+        self.firm = SoftLabelWatermark(self.teacher, firm_key, eps, options.features, margin)
         self.firm.calibrate(shown).eval()
 
     # Models -----------------------------------------------------------------------------------
@@ -172,15 +175,15 @@ class Run:
             return
         # Without margin mode the labels are the clean model's: an innocent, whoever was asked.
         yield Suspect("hard labels", "innocent", hard(served), True)
-        yield Suspect("margin, hard labels", "hard labels", hard(firm), True)
+        yield Suspect("margin, hard labels", "hard labels", hard(firm, PATIENT), True)
         if self.options.classes > 2:
             yield Suspect("margin, weak, hard labels", "hard labels", hard(firm, WEAK), True)
-        yield Suspect("margin, soft labels", "hard labels", soft(firm), True)
         yield Suspect("clean strong", "innocent", soft(clean))
         yield Suspect("clean weak", "innocent", soft(clean, WEAK))
         yield Suspect("own labels", "innocent", learnt(same, lambda: self.data.queries[1]))
-        other = served.for_recipient("customer-1")
-        yield Suspect("another customer's", "innocent", soft(other), False, ("customer-1",))
+        if self.options.classes > 2:
+            other = served.for_recipient("customer-1")
+            yield Suspect("another customer's", "innocent", soft(other), False, ("customer-1",))
         if self.options.suspects == "all":
             yield from self._erasures()
             if self.options.classes > 2:

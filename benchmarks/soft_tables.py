@@ -270,24 +270,21 @@ def colluders() -> str:
 def leaks() -> str:
     """A hundred leaks."""
     record = _load("leaks")
-    count, settings = len(record["leaks"]), record["settings"]
-    kinds = {
-        name: [row for row in record["leaks"] if row["architecture"] == name]
-        for name in ("resnet", "regnet")
-    }
-    parts = [
-        f"{sum(row['verdict'] == 'found' and row['named'] == row['leaked_by'] for row in rows)} of "
-        f"{len(rows)} {said} (median t {statistics.median(row['t'] for row in rows):.1f})"
-        for rows, said in zip(
-            kinds.values(), ("of the teacher's architecture", "of another"), strict=True
+    settings = record["settings"]
+    parts = []
+    for (arch, found), said in zip(
+        record["summary"].items(), ("of the teacher's architecture", "of another"), strict=True
+    ):
+        t = statistics.median(row["t"] for row in record["leaks"] if row["architecture"] == arch)
+        parts.append(
+            f"of {found['leaks']} students {said}, {found['first']} point at the right one first, "
+            f"{found['named']} of them beyond alpha (median t {t:.1f})"
         )
-    ]
     return _text(
-        f"Of {count} students, each of one of {settings['customers']:,} customers, "
-        f"{record['first_rightly']} point at the right customer first and "
-        f"{record['named_rightly']} beyond alpha, all customers counted: {'; '.join(parts)}. "
-        f"Of {len(record['innocents'])} clean students {record['innocents_named']} named anybody. "
-        f"{settings['probes']:,} probes each (`benchmarks/leaks.py`)."
+        f"One of {settings['customers']:,} customers leaks, all of them are suspected and counted:",
+        f"{'; '.join(parts)}. Of {len(record['innocents'])} clean students",
+        f"{record['innocents_named']} named anybody. {settings['probes']:,} probes each, teacher",
+        f"{100 * record['teacher_accuracy']:.1f}% (`benchmarks/leaks.py`).",
     )
 
 

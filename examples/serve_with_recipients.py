@@ -23,12 +23,9 @@ import httpx2
 import numpy as np
 import torch
 import uvicorn
+from fastapi import FastAPI, HTTPException, Request
 from PIL import Image
 from sklearn.datasets import load_digits
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_watermark import OwnerKey
@@ -111,16 +108,18 @@ def png(image: Image.Image) -> bytes:
 def serving(answer: Answer, names: list[str], keys: dict[str, str]) -> Iterator[str]:
     """An API in the shape of HF inference: POST an image, get labels and scores. Yields its URL."""
 
-    async def classify(request: Request) -> JSONResponse:
+    app = FastAPI()
+
+    @app.post("/classify")
+    async def classify(request: Request) -> list[dict[str, str | float]]:
         api_key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if keys and api_key not in keys:
-            return JSONResponse({"error": "unknown API key"}, 401)
+            raise HTTPException(401, "unknown API key")
         with Image.open(io.BytesIO(await request.body())) as image, torch.inference_mode():
             p = answer(pixels(image)[None], keys.get(api_key, "")).softmax(-1)[0]
         order = p.argsort(descending=True).tolist()
-        return JSONResponse([{"label": names[i], "score": round(float(p[i]), 4)} for i in order])
+        return [{"label": names[i], "score": round(float(p[i]), 4)} for i in order]
 
-    app = Starlette(routes=[Route("/classify", classify, methods=["POST"])])
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))
     # Named TCP, or asyncio leaves Nagle's algorithm on: 40 ms for every answer.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -49,6 +49,11 @@ _ALIKE = 0.9  # of the probes: what a processor of another version may leave
 @click.option("--learning-rate", type=float, default=2e-3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
+    "--hard-labels",
+    is_flag=True,
+    help="Teach the most likely class alone: what margin mode is read against.",
+)
+@click.option(
     "--probes",
     "probes_file",
     metavar="FILE",
@@ -72,6 +77,7 @@ def references(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    hard_labels: bool,
     probes_file: str | None,
     key_file: str | None,
     images_at: str | None,
@@ -114,6 +120,7 @@ def references(
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
+            hard_labels=hard_labels,
             progress=progress,
         )
     held = None

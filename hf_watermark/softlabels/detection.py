@@ -32,6 +32,7 @@ CLASSES, PAIR = "all classes", "top pair"  # the names of the readings
 _SHARE = 0.25  # of the probes, at most, is spent on directions that references explain
 _DUST = 1e-6  # of the largest singular value: below it covariates repeat each other
 _LEVEL = 0.3  # of the mean: how far directions are levelled
+_RIDGE = 3.0  # times the mean eigenvalue of the pair reading's design
 _MOST_PAIRS = 4000  # probes of the pair reading: its kernel is (n, n)
 
 
@@ -82,7 +83,7 @@ def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles]
 
     For margin mode: probes count by how often a random key overturns their gap. With x_i =
     psi_i (e_c1 - e_c2)' the weights are the ridge regression of the suspect's preference of c1 over
-    c2 on x; its penalty is the mean eigenvalue of the design.
+    c2 on x; its penalty is thrice the mean eigenvalue of the design.
 
     Args:
         outputs: The suspect's, n probes.
@@ -119,7 +120,7 @@ def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles]
     scale = float(np.median(np.abs(residual)))
     residual = weight * residual / np.sqrt(residual**2 + scale**2 + 1e-30)
     kernel = (psi @ psi.T) * (sides @ sides.T)
-    ridge = float(np.trace(kernel)) / min(len(near), psi.shape[1] * probes.classes)
+    ridge = _RIDGE * float(np.trace(kernel)) / min(len(near), psi.shape[1] * probes.classes)
     dual = np.linalg.solve(kernel + ridge * np.eye(len(near)), residual)
     weights: Doubles = psi.T @ (dual[:, None] * sides)
     return weights
