@@ -100,6 +100,8 @@ def stress(
     """  # noqa: D301
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # deepspeed, where it is installed, is imported on saving, and then talks on stdout.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from hf_watermark.stress.suite import attacks_of
 
     names = None if attacks is None else [name.strip() for name in attacks.split(",")]

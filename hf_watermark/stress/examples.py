@@ -84,7 +84,7 @@ def attackers_and_test(
         read = [_read(part, victim, column, random, limit) for part in parts if part is not None]
         training, test = read
     else:
-        most = None if limit is None else 2 * limit
+        most = None if limit is None else 3 * limit
         whole = _read(path, victim, column, random, most)
         held_out = round(_TEST_SHARE * len(whole))
         places = torch.arange(len(whole))  # shuffled already

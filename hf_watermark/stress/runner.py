@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import tempfile
@@ -112,19 +113,15 @@ class Stress:
         """Everything that the figures depend on."""
         config = self.victim.model.config
         return {
+            **dataclasses.asdict(self.settings),
             "model_type": config.model_type,
             "parameters": sum(p.numel() for p in self.victim.model.parameters()),
-            "model_sha256": self.victim.digest,
-            "key_fingerprint": self._key.fingerprint,
             "attackers_images": len(self.means.images),
-            "attackers_sha256": Examples(self.means.images, self.means.labels).digest,
             "test_images": len(self._test),
+            "key_fingerprint": self._key.fingerprint,
+            "model_sha256": self.victim.digest,
+            "attackers_sha256": Examples(self.means.images, self.means.labels).digest,
             "test_sha256": self._test.digest,
-            "seed": self.settings.seed,
-            "epochs": self.settings.epochs,
-            "learning_rate": self.settings.learning_rate,
-            "batch_size": self.settings.batch_size,
-            "alpha": self.settings.alpha,
         }
 
     def run(self, attacks: Sequence[Attack], folder: Path, say: Say | None = None) -> Record:
