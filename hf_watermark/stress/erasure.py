@@ -139,7 +139,7 @@ ATTACKS: tuple[Attack, ...] = (
         _attack(
             f"noise-{sigma:g}",
             noisy(sigma),
-            "Zhang et al. 2018",
+            "noise, in many lists",
             quick=True,
             sigma=sigma,
             of="every matrix",

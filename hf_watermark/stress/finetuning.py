@@ -78,7 +78,7 @@ def distilled(model: Any, means: Means) -> Any:
     return train(fresh(model), numbered, Recipe(epochs=_STUDENT_EPOCHS), loss)
 
 
-_ADI = "Adi et al. 2018, section 5"
+_ADI = "Adi et al. 2018"
 _LUKAS = "Lukas et al., S&P 2022"
 
 

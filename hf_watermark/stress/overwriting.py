@@ -83,7 +83,7 @@ def overwritten_in_training(scheme: Scheme, rate: float = 1.0) -> Change:
     return change
 
 
-_UCHIDA = "Uchida et al. 2017, section 4.4"
+_TRAINED = "Wang & Kerschbaum 2019, by training"
 _WANG = "Wang & Kerschbaum 2019"
 
 
@@ -101,14 +101,14 @@ ATTACKS: tuple[Attack, ...] = (
     _attack(
         "overwrite-trained-1x",
         overwritten_in_training(Scheme()),
-        _UCHIDA,
+        _TRAINED,
         rate="1x",
         scheme=Scheme().name,
     ),
     _attack(
         "overwrite-trained-10x",
         overwritten_in_training(Scheme(), 10.0),
-        _UCHIDA,
+        _TRAINED,
         rate="10x",
         scheme=Scheme().name,
     ),
@@ -116,7 +116,7 @@ ATTACKS: tuple[Attack, ...] = (
         _attack(
             f"overwrite-hinge-{weight:g}",
             overwritten_in_training(Scheme(embedding="hinge", weight=weight)),
-            _UCHIDA,
+            _TRAINED,
             rate="1x",
             scheme=Scheme(embedding="hinge", weight=weight).name,
         )

@@ -78,7 +78,14 @@ def _attack(
 
 ATTACKS: tuple[Attack, ...] = (
     _attack("int8", quantized(8), "Jacob et al. 2018", quick=True, bits=8, of="each row"),
-    _attack("int4", quantized(4, _GROUP), "Frantar et al. 2023", quick=True, bits=4, group=_GROUP),
+    _attack(
+        "int4",
+        quantized(4, _GROUP),
+        "round to nearest, the baseline of Frantar et al. 2023",
+        quick=True,
+        bits=4,
+        group=_GROUP,
+    ),
     *(
         _attack(
             f"int{bits}-tune",
