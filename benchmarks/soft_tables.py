@@ -66,7 +66,6 @@ def students() -> str:
     rows = []
     names = {
         "distillation": "10 classes, H",
-        "distillation_mixed": "10 classes, M",
         "distillation_two_classes": "2 classes, H",
     }
     for file, said in names.items():
@@ -288,6 +287,98 @@ def leaks() -> str:
     )
 
 
+def served() -> str:
+    record = _load("served")
+    settings, rows = record["settings"], record["results"]["flips"]
+    head = ("classes", "answers", "other top class", "margin mode: swapped")
+    head += ("not between the top two, or not closer than tau",)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for classes in ("2", "10", "100", "1000"):
+        soft, firm = (
+            [row for name, row in rows.items() if _is_cell(name, mode, classes)]
+            for mode in ("soft", "margin")
+        )
+        shares = [100 * row["flips"] / row["inputs"] for row in firm]
+        cells = (
+            f"{int(classes):,}",
+            f"{sum(row['inputs'] for row in soft):,}",
+            f"{sum(row['flips'] for row in soft)}",
+            f"{min(shares):.1f} to {max(shares):.1f}%",
+            f"{sum(row['beyond_the_top_two'] + row['beyond_tau'] for row in firm)}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    strength, limit = settings["margin"]
+    cost = record["results"]["cost"]
+    shares = [100 * row["added_share"] for row in cost.values()]
+    ratios = [row["median_forward_ratio"] for row in cost.values() if "ratios" in row]
+    classes = " and ".join(f"{count:,}" for count in sorted({int(k.split("/")[0]) for k in cost}))
+    lines += [
+        "",
+        f"A small ViT and a small ResNet with random weights on {settings['inputs']:,} images of "
+        "CIFAR-10, features H\nand M, float32 and bfloat16. Random weights are unsure, so margin "
+        f"mode (lambda {strength:g}, tau {limit:g})\nswaps more than on a trained model.",
+        f"For a ViT-B at batch {settings['batch']} serving adds {min(shares):.2f} to "
+        f"{max(shares):.2f}% to the forward pass (H and M, {classes} classes;\n"
+        "timed alone, in processor time on one thread); whole passes, turn by turn, take "
+        f"{' and '.join(f'{ratio:.3f}' for ratio in ratios)}\n"
+        f"times as long (median of {settings['pairs']} pairs, `benchmarks/served.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def _is_cell(name: str, mode: str, classes: str) -> bool:
+    parts = name.split("/")
+    return parts[0] == mode and parts[2] == classes
+
+
+def usp() -> str:
+    record = _load("usp")
+    settings, keys = record["settings"], record["results"]["keys"]
+    head = ("answers at", "paired test", "taken for marked: clean", "independent")
+    head += ("clean student", "log10 p of 10 answers", "trained network")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for decimals in ("full", "6", "4", "3", "2"):
+        rows = [key["paired"][decimals] for key in keys]
+        nets = [key["network"]["single"][decimals] for key in keys]
+        false = [
+            max(row["false_positives"][name] for row in rows)
+            for name in ("clean", "independent", "clean student")
+        ]
+        cells = (
+            "full precision" if decimals == "full" else f"{decimals} decimals",
+            f"{100 * min(row['balanced_accuracy'] for row in rows):.2f}%",
+            *(f"{100 * share:.2f}%" for share in false),
+            f"{max(row['log10_p_of_sets']['10'] for row in rows):.1f}",
+            f"{100 * min(row['balanced_accuracy'] for row in nets):.2f}%",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lost = max(key["task_accuracy_lost_points"] for key in keys)
+    paper = record["paper"]
+    warm = [key["network"]["single"]["temperature 2"] for key in keys]
+    null = [one for key in keys for one in key["network"]["sets"].values()]
+    student = [
+        key["network"]["sets"]["marked student"]["p"]
+        for key in keys
+        if "marked student" in key["network"]["sets"]
+    ]
+    lines += [
+        "",
+        f"A small ResNet of CIFAR-10 ({100 * record['results']['accuracy']['clean']:.1f}%), "
+        f"{settings['inputs']:,} test images, the worst of {len(keys)} fresh keys. Accuracies are\n"
+        "balanced between marked answers and the owner's clean ones. Task accuracy lost: "
+        f"{lost:.2f} points. Chien &\nShen (2022) report {100 * paper['balanced_accuracy']:.2f}% "
+        f"and {paper['task_accuracy_lost_points']:g} points.",
+        f"Of answers that were reheated (temperature 2) the network tells "
+        f"{100 * min(row['balanced_accuracy'] for row in warm):.1f}%, the paired test "
+        f"{100 * min(row['paired_balanced_accuracy'] for row in warm):.1f}%.",
+        f"Sets of {settings['set']}, ranked by the network among {settings['fresh']} fresh keys: a "
+        f"student of marked answers p {max(student):g};\n{settings['wrong']} wrong keys in the "
+        f"owner's place on {len(null)} suspects: KS p "
+        f"{min(one['wrong_keys_ks_p'] for one in null):.2g} or more (`benchmarks/usp.py`).",
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "students": students,
     "innocents": innocents,
@@ -297,6 +388,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "answers": answers,
     "colluders": colluders,
     "leaks": leaks,
+    "served": served,
+    "usp": usp,
 }
 
 

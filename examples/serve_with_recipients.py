@@ -107,7 +107,6 @@ def png(image: Image.Image) -> bytes:
 @contextmanager
 def serving(answer: Answer, names: list[str], keys: dict[str, str]) -> Iterator[str]:
     """An API in the shape of HF inference: POST an image, get labels and scores. Yields its URL."""
-
     app = FastAPI()
 
     @app.post("/classify")

@@ -110,11 +110,29 @@ def _quiet() -> None:
 
 
 def _digits() -> tuple[Any, Any, Any]:
-    """Digits as a `datasets` dataset of images, processed for a ViT: base, train and test split."""
+    """Digits processed for a ViT: base, train and test split."""
+    from transformers import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+
+    def process(batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "pixel_values": processor(batch["image"])["pixel_values"],
+            "labels": batch["label"],
+        }
+
+    base, train, test = (
+        part.map(process, batched=True, remove_columns=part.column_names).with_format("torch")
+        for part in digit_pictures()
+    )
+    return base, train, test
+
+
+def digit_pictures() -> tuple[Any, Any, Any]:
+    """Digits as `datasets` of images and labels: to pretrain on, to fine-tune on, to test on."""
     from datasets import ClassLabel, Dataset, Features, Image
     from PIL import Image as Pictures
     from sklearn.datasets import load_digits
-    from transformers import ViTImageProcessorPil
 
     digits = load_digits()
     pictures = [
@@ -125,15 +143,6 @@ def _digits() -> tuple[Any, Any, Any]:
     data = Dataset.from_dict(
         {"image": pictures, "label": digits.target.tolist()}, features=features
     ).shuffle(seed=0)
-    processor = ViTImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
-
-    def process(batch: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "pixel_values": processor(batch["image"])["pixel_values"],
-            "labels": batch["label"],
-        }
-
-    data = data.map(process, batched=True, remove_columns=data.column_names).with_format("torch")
     rest = data.train_test_split(test_size=360, seed=0)
     base = rest["train"].select(range(_PRETRAINED_ON))
     return base, rest["train"].select(range(_PRETRAINED_ON, len(rest["train"]))), rest["test"]

@@ -13,18 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from disguises import (
-    channels_permuted,
-    channels_scaled,
-    dummies_added,
-    gains_moved,
-    hidden_permuted,
-    norms_folded,
-    rows_shifted,
-    shifted,
-    streams_permuted,
-    turned,
-)
 from marked_models import KEY
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +21,16 @@ from hf_watermark.direct import embed_checkpoint
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.projections import Projection
 from hf_watermark.scheme import Scheme
+from hf_watermark.stress.convnext_disguises import streams_permuted
+from hf_watermark.stress.resnet_disguises import channels_permuted, channels_scaled, norms_folded
+from hf_watermark.stress.vit_disguises import (
+    dummies_added,
+    gains_moved,
+    hidden_permuted,
+    rows_shifted,
+    shifted,
+    turned,
+)
 from hf_watermark.symmetry import Alignment, Side, layout_of
 
 Tensors = dict[str, torch.Tensor]

@@ -91,6 +91,16 @@ def acme(loopback_hub, tmp_path, monkeypatch):
         yield thief, loopback_hub.environment(token)
 
 
+def write_images(folder):
+    """Labelled pictures, a folder for each class."""
+    from PIL import Image
+
+    pixels = torch.randint(256, (160, 16, 16, 3), generator=torch.Generator().manual_seed(4))
+    for number, picture in enumerate(pixels.to(torch.uint8).numpy()):
+        (folder / str(number % 10)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / str(number % 10) / f"{number}.png")
+
+
 def steal(thief):
     """What a thief does: take the weights and the config, leave claim and card."""
     from huggingface_hub import hf_hub_download
@@ -118,6 +128,7 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
         return view(pixel_values=images).logits.softmax(-1)
 
     namespace["suspect"] = leaked
+    write_images(Path("images"))
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     ran = []
     for kind, text in BLOCKS:
@@ -143,7 +154,14 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
                 ran.append(command.split()[0])
     verified = ["verify_hub_model", "verify_hub_model", "python"]
     marked = ["hf-watermark"] * 3
-    assert ran == ["hf-watermark", "python", "python", *verified, *marked, "python", "python"]
+    softly = ["python", "python"]
+    expected = ["hf-watermark", "python", "python", *verified, *marked, *softly, "hf-watermark"]
+    assert ran == expected
+    assert {path.name for path in Path("stress").iterdir()} == {
+        "stress.json",
+        "stress.md",
+        "stress.png",
+    }
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert any(line.startswith("found -") for line in lines)
     assert lines[-1].startswith("found customer-17 -")

@@ -15,6 +15,7 @@ from hf_watermark.cli.keys import keygen
 from hf_watermark.cli.marks import embed, trace
 from hf_watermark.cli.outputs import verify_outputs
 from hf_watermark.cli.references import references
+from hf_watermark.cli.stress import stress
 from hf_watermark.cli.terminal import CONTEXT, run
 from hf_watermark.cli.verifying import card, verify
 
@@ -45,5 +46,5 @@ def _umbrella() -> None:
     """  # noqa: D301
 
 
-for _command in (keygen, embed, verify, verify_outputs, references, trace, card, demo):
+for _command in (keygen, embed, verify, verify_outputs, references, trace, card, stress, demo):
     _umbrella.add_command(_command)

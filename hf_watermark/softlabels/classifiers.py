@@ -25,7 +25,7 @@ from hf_watermark.softlabels.answers import logits_of
 if TYPE_CHECKING:
     from hf_watermark.softlabels.probe_images import ProbeImages
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "load_model", "load_processor"]
 
 Progress = Callable[[int, int], None]
 _WANTED = ("*.json", "*.safetensors")
@@ -65,8 +65,8 @@ class Classifier:
                 expected="model.safetensors",
                 do="load it where you trust it, and save_pretrained it again",
             )
-        self.model = _model(folder, self.name)
-        self._processor = _processor(folder if processor is None else Path(processor))
+        self.model = load_model(folder, self.name)
+        self._processor = load_processor(folder if processor is None else Path(processor))
 
     @property
     def classes(self) -> int:
@@ -151,7 +151,16 @@ def _order(own: tuple[str, ...], names: tuple[str, ...], named: str) -> list[int
     return [own.index(name) for name in names]
 
 
-def _model(folder: Path, named: str) -> nn.Module:
+def load_model(folder: Path, named: str) -> nn.Module:
+    """An image classifier of transformers, float32, in evaluation mode, without code of its own.
+
+    Args:
+        folder: Of safetensors and a configuration.
+        named: What to call it in messages.
+
+    Raises:
+        OutputsError: If it is none, or lacks weights.
+    """
     from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
@@ -180,7 +189,12 @@ def _model(folder: Path, named: str) -> nn.Module:
     return loaded
 
 
-def _processor(folder: Path) -> Any:
+def load_processor(folder: Path) -> Any:
+    """The image processor that a folder's `preprocessor_config.json` describes.
+
+    Raises:
+        SoftLabelError: If there is none.
+    """
     from transformers import AutoImageProcessor
 
     auto: Any = AutoImageProcessor

@@ -13,7 +13,7 @@ from hf_watermark.errors import SoftLabelError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ProbeImages"]
+__all__ = ["ProbeImages", "image_files", "open_images"]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _USUAL = ("image", "img")
@@ -38,7 +38,7 @@ class ProbeImages:
         named = "the dataset"
         if isinstance(source, (str, os.PathLike)):
             named = str(source)
-            source = _opened(Path(source).expanduser())
+            source = open_images(Path(source).expanduser())
         column = _column(source, column, named)
         raw = source.select_columns([column])
         if isinstance(source.features[column], dict) or not _is_image(source.features[column]):
@@ -93,8 +93,21 @@ class ProbeImages:
             yield [self.picture(i) for i in range(start, min(start + size, len(self)))]
 
 
-def _opened(path: Path) -> Any:
-    """The dataset on disk; nothing is copied into the cache of `datasets`."""
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, at any depth, in the order in which they are taken."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+
+
+def open_images(path: Path) -> Any:
+    """The dataset on disk; nothing is copied into the cache of `datasets`.
+
+    Args:
+        path: A folder that `save_to_disk` wrote; a `.parquet` file or a folder of them; or a folder
+            of image files, at any depth, in the order of their paths.
+
+    Raises:
+        SoftLabelError: If it is none of these.
+    """
     import datasets
 
     try:
@@ -107,8 +120,7 @@ def _opened(path: Path) -> Any:
             parts = [datasets.Dataset(pyarrow.parquet.read_table(table)) for table in tables]
             return datasets.concatenate_datasets(parts)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-            columns = {"image": [str(file) for file in files]}
+            columns = {"image": [str(file) for file in image_files(path)]}
             return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
         got = "another kind of file" if path.exists() else "No such file or directory"
     except Exception as error:  # datasets and pyarrow have errors of many kinds
