@@ -1,4 +1,4 @@
-"""Does a student distilled from marked answers carry the mark, and does anybody else seem to?
+r"""Does a student distilled from marked answers carry the mark, and does anybody else seem to?
 
 A teacher of CIFAR-10 answers queries through `SoftLabelWatermark`; thieves learn from the answers
 alone, in every way that `students.py` knows, also to be rid of the mark; the owner reads their
@@ -9,7 +9,8 @@ interrupted run goes on, and several processes may fill one cache.
 
     python benchmarks/distillation.py --cache runs/distillation --out distillation.json
     python benchmarks/distillation.py --train 2000 --queries 1500 --epochs 2 --seeds 0   # a look
-    python benchmarks/distillation.py --classes 2 --out distillation_two_classes.json
+    python benchmarks/distillation.py --classes 2 --size 32 --epochs 5 --teacher-epochs 8 \
+        --beyond --out distillation_two_classes.json
     python benchmarks/distillation.py --full --device cuda                               # a GPU
 """
 
@@ -35,7 +36,14 @@ from torch import Tensor, nn
 from hf_watermark import OwnerKey
 from hf_watermark.significance import log10_rademacher_tail
 from hf_watermark.softlabels import SoftLabelWatermark
-from hf_watermark.softlabels.detection import CLASSES, PAIR, agreement, class_weights, pair_weights
+from hf_watermark.softlabels.detection import (
+    CLASSES,
+    PAIR,
+    agreement,
+    class_weights,
+    fewest_probes,
+    pair_weights,
+)
 from hf_watermark.softlabels.outputs import Outputs
 from hf_watermark.softlabels.probes import Probes
 from hf_watermark.verify import verify_outputs
@@ -43,7 +51,8 @@ from hf_watermark.verify import verify_outputs
 MARGIN = {10: (0.12, 0.3), 2: (0.25, 0.3)}
 EPS = {10: 1.0, 2: 2.0}
 COUNTS = (200, 300, 500, 1000, 2000, 5000)
-WRONG, CUSTOMERS = 1000, 1000
+CUSTOMERS = 1000
+BEYOND = ("erasures", "colluders", "variants")
 # Fixed before any suspect was trained: the teacher's own architecture and another, neither of them
 # the weak suspect's, and what a student of labels alone looks like.
 BANK = {
@@ -171,8 +180,6 @@ class Run:
 
         yield Suspect("strong", "student", soft(served))
         yield Suspect("weak", "student", soft(served, WEAK))
-        if self.options.suspects == "students":
-            return
         # Without margin mode the labels are the clean model's: an innocent, whoever was asked.
         yield Suspect("hard labels", "innocent", hard(served), True)
         yield Suspect("margin, hard labels", "hard labels", hard(firm, PATIENT), True)
@@ -184,10 +191,12 @@ class Run:
         if self.options.classes > 2:
             other = served.for_recipient("customer-1")
             yield Suspect("another customer's", "innocent", soft(other), False, ("customer-1",))
-        if self.options.suspects == "all":
+        beyond = self.options.beyond if self.seed in self.options.beyond_seeds else ()
+        if "erasures" in beyond:
             yield from self._erasures()
-            if self.options.classes > 2:
-                yield from self._colluders()
+        if "colluders" in beyond and self.options.classes > 2:
+            yield from self._colluders()
+        if "variants" in beyond:
             yield from self._variants(said, learnt)
 
     def _variants(self, said: Any, learnt: Any) -> Iterator[Suspect]:
@@ -329,6 +338,7 @@ def readings(run: Run) -> dict[str, Any]:
             name: {
                 str(count): _judged(change(np.exp(said["probes"][:count])), probes, bank, "probes")
                 for count in (COUNTS if name == "as it is" else (2000, 5000))
+                if count >= fewest_probes(probes.features)
             }
             for name, change in posted(run.options.classes).items()
             if name == "as it is" or (suspect.kind != "innocent" and core)
@@ -404,7 +414,7 @@ def _wrong(
     """What keys say that nobody used, other ones for every suspect, and every t."""
     found, every = {}, []
     for reading, weights in _weights(said, probes, bank).items():
-        names = (f"wrong {suspect.name} {reading} {i}" for i in range(WRONG))
+        names = (f"wrong {suspect.name} {reading} {i}" for i in range(run.options.wrong))
         t = [agreement(weights, probes.signs(name)) for name in names]
         found[reading] = _null(t)
         every += t
@@ -452,7 +462,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, choices=[2, 10], default=10)
     parser.add_argument("--features", choices=["H", "M"], default="H")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--suspects", choices=["students", "core", "all"], default="all")
+    parser.add_argument("--beyond", nargs="*", choices=BEYOND, default=BEYOND)
+    parser.add_argument("--beyond-seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=15_000)
     parser.add_argument("--calibration", type=int, default=5_000)
@@ -462,6 +473,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--size", type=int, default=48, help="pixels that the models see")
     parser.add_argument("--eps", type=float, help="1, and 2 for two classes")
+    parser.add_argument("--wrong", type=int, default=1000, help="wrong keys for every suspect")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="ResNet-18, 30 epochs, 128 pixels")
     parser.add_argument("--threads", type=int, default=0)
@@ -486,13 +498,19 @@ def main() -> None:
         | {
             "eps": options.eps or EPS[options.classes],
             "margin": MARGIN[options.classes],
-            "wrong_keys": WRONG,
             "bank": list(BANK),
         },
         "results": {},
     }
+    if options.out is not None and options.out.exists():  # go on from there
+        before = json.loads(options.out.read_text())
+        if before["settings"] == json.loads(json.dumps(record["settings"])):
+            record["results"] = before["results"]
     for seed in options.seeds:
+        if str(seed) in record["results"]:
+            continue
         record["results"][str(seed)] = readings(Run(seed, data, options))
+        record["results"] = dict(sorted(record["results"].items(), key=lambda row: int(row[0])))
         if options.out is not None and not options.train_only:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -112,6 +112,7 @@ def innocents() -> str:
         for found in row.get("wrong_keys", {}).values()
     ]
     pooled = [seed["wrong_keys"] for seed in seeds]
+    again = _load("distillation_more_keys")["results"]
     own = [
         found["log10_p"]
         for seed in seeds
@@ -126,8 +127,12 @@ def innocents() -> str:
         f"{min(one['smallest_log10_p'] for one in sets):.2f}; standard deviation of t, by run,",
         f"{_each((one['sd'] for one in pooled), '.3f')}; Kolmogorov-Smirnov against the normal",
         "distribution, all sets of a run together: p",
-        f"{_each((one['ks_p'] for one in pooled), '.2f')} ({failed} of the {len(sets)} single sets",
+        f"{_each((one['ks_p'] for one in pooled), '.2g')} ({failed} of the {len(sets)} single sets",
         f"are below .01; chance would give {0.01 * len(sets):.1f}).",
+        f"The two-class run of seed {', '.join(again)} stood out and was read again with",
+        f"{_each((one['wrong_keys']['count'] for one in again.values()), ',d')} keys, these among",
+        "them:",
+        f"p {_each((one['wrong_keys']['ks_p'] for one in again.values()), '.2f')}.",
         f"Innocents read with the owner's own key, {len(own)} readings: smallest log10 p",
         f"{min(own):.2f}.",
     )
@@ -214,19 +219,14 @@ def erasures() -> str:
             )
         )
     head = ("what the thief does", "accuracy, %", "points lost", "t", "log10 p")
-    return _table(head, rows)
-
-
-def variants() -> str:
-    """Other ways of learning."""
-    record = _load("distillation")
-    first = next(iter(record["results"].values()))["suspects"]
-    rows = []
-    for name, row in first.items():
-        if row["kind"] in ("variant", "student"):
-            found = _of(record, name)
-            rows.append((name, _accuracy(found), _t(found), _p(found)))
-    return _table(("student", "accuracy, %", "t", "log10 p"), rows)
+    few = sorted({len(_of(record, name)) for name in names})
+    more = _text(
+        f"2,000 probes. The strong student and the one of hard labels list "
+        f"{len(_of(record, 'strong'))} seeds; erasures were run on",
+        f"{' or '.join(map(str, few))} of them, the first. The standard error of an accuracy is",
+        "about .7 points (`benchmarks/distillation.py`).",
+    )
+    return f"{_table(head, rows)}\n\n{more}"
 
 
 def answers() -> str:
@@ -384,7 +384,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "innocents": innocents,
     "margin": margin,
     "erasures": erasures,
-    "variants": variants,
     "answers": answers,
     "colluders": colluders,
     "leaks": leaks,

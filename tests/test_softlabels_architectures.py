@@ -77,13 +77,15 @@ def test_answers_go_to_a_file_of_probes_in_the_same_step(case, tmp_path):
             "references", case / "model", "--arch", case / "small-resnet",
             "--data", case / "queries.parquet", "--out", tmp_path / "bank", *HOW,
             "--probes", tmp_path / "acme.probes", "--key", tmp_path / "acme.key",
-            "--images", tmp_path / folder,
+            "--images", tmp_path / folder, "--hard-labels",
         )  # fmt: skip
 
     for _ in range(2):  # the second time there is nothing left to do
         done = added("images")
         assert (done.returncode, done.stderr) == (0, "")
-        assert json.loads(done.stdout)["references"] == 1
+        told = json.loads(done.stdout)
+        assert told["references"] == 1
+        assert told["students"]["small-resnet"]["labels"] == "hard"
     found = Probes.load(tmp_path / "acme.probes", KEY)
     (answers,) = (
         open_bank(tmp_path / "bank")

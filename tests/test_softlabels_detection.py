@@ -240,6 +240,7 @@ def test_evidence_as_json():
     assert set(fields) == {
         "verdict", "log10_p", "t", "alpha", "bits", "matched", "probes", "tries", "reading",
         "outputs", "recipient", "references", "probes_needed", "key_fingerprint", "seconds",
+        "suspect", "revision",
         "format_version",
     }  # fmt: skip
     assert fields["key_fingerprint"] == KEY.fingerprint
