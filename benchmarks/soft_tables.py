@@ -88,8 +88,8 @@ def students() -> str:
     two = _load("distillation_two_classes")["settings"]
     told = _text(
         f"{_settings(record)}. Two classes are animals and vehicles, at eps {two['eps']:g}, with "
-        f"images of {two['size']} pixels and {two['epochs']} epochs (ten: {record['settings']['size']} "
-        f"pixels, {record['settings']['epochs']} epochs).",
+        f"images of {two['size']} pixels and {two['epochs']} epochs (with ten classes "
+        f"{record['settings']['size']} pixels, {record['settings']['epochs']} epochs).",
         "t with 2,000 probes, in standard deviations of a wrong key's.",
         "A strong student has the teacher's architecture, a weak one another, which no reference",
         "has. What the mark costs with 10 classes and H: total variation",
