@@ -18,7 +18,7 @@ from hf_watermark.softlabels.detection import agreement, class_weights
 from hf_watermark.softlabels.outputs import Outputs
 from hf_watermark.verify import verify_outputs
 
-PROBES = 1500
+PROBES = 2500
 
 
 def network(seed):
