@@ -18,7 +18,8 @@ from hf_watermark.softlabels.features import GAIN, SLOPE
 __all__ = ["Bend", "Margin", "bend", "bent", "psi_of", "swapped"]
 
 _MAX_EPS = 8.0  # g reaches sqrt(nb) / .7: beyond this, exp(eps g) leaves float32
-_SLACK = 4.0  # units in the last place that the top class stays ahead by
+_SLACK = 4.0  # units in the last place of what is served that the top class stays ahead by
+_ROUNDING = 12.0  # and of what is computed with: logarithms and sums lose some
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def _log_ratio(logits: Tensor, shift: Tensor, resolution: float) -> Tensor:
     log_q_over_p = shift - torch.logsumexp(torch.log_softmax(logits, dim=1) + shift, 1, True)
     top = logits.argmax(dim=1, keepdim=True)
     peak = logits.gather(1, top)
-    slack = torch.exp(_SLACK * resolution * peak.abs().clamp(min=1.0))
+    units = _SLACK * resolution + _ROUNDING * torch.finfo(logits.dtype).eps
+    slack = torch.exp(units * peak.abs().clamp(min=1.0))
     clean = torch.exp(logits - peak)
     ahead_clean = 1.0 - slack * clean
     ahead_full = torch.exp(log_q_over_p.gather(1, top)) - slack * clean * torch.exp(log_q_over_p)
