@@ -43,7 +43,7 @@ def host(name: str, classes: int) -> nn.Module:
             layer_type="bottleneck",
             num_labels=classes,
         )
-    else:
+    elif name == "regnet":
         config = hf.RegNetConfig(
             embedding_size=32,
             hidden_sizes=[32, 64, 128, 192],
@@ -51,6 +51,8 @@ def host(name: str, classes: int) -> nn.Module:
             groups_width=16,
             num_labels=classes,
         )
+    else:
+        raise ValueError(f"no host is called {name!r}")
     model = hf.AutoModelForImageClassification.from_config(config)
     return model.to(memory_format=torch.channels_last)
 

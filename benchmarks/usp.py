@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from distillation import host
 from embedding import augmented, load
+from students import host
 from torch import Tensor, nn
 
 from hf_watermark import OwnerKey
@@ -49,7 +49,7 @@ def trained(images: Tensor, targets: Tensor, epochs: int, seed: int) -> nn.Modul
 
     set_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = host("thin", 10).to(memory_format=torch.channels_last).train()
+    model = host("resnet", 10).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * -(-len(images) // 128)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps, pct_start=0.2)
