@@ -59,12 +59,6 @@ class Classifier:
     ) -> None:
         folder = source_folder(source, revision, token, _WANTED)
         self.name = str(source)
-        if not any(folder.glob("*.safetensors")):
-            raise NotSafetensorsError(
-                f"{quoted(self.name, 200)} holds no safetensors",
-                expected="model.safetensors",
-                do="load it where you trust it, and save_pretrained it again",
-            )
         self.model = load_model(folder, self.name)
         self._processor = load_processor(folder if processor is None else Path(processor))
 
@@ -159,9 +153,17 @@ def load_model(folder: Path, named: str) -> nn.Module:
         named: What to call it in messages.
 
     Raises:
+        NotSafetensorsError: If there are no safetensors.
         OutputsError: If it is none, or lacks weights.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
+
+    if not any(folder.glob("*.safetensors")):
+        raise NotSafetensorsError(
+            f"{quoted(named, 200)} holds no safetensors",
+            expected="model.safetensors",
+            do="load it where you trust it, and save_pretrained it again",
+        )
 
     try:
         config = AutoConfig.from_pretrained(folder, attn_implementation=_ATTENTION, **_SAFE)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_watermark.errors import NotSafetensorsError, OutputsError, WatermarkError
+from hf_watermark.errors import OutputsError, WatermarkError
 from hf_watermark.folders import source_folder
 from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.softlabels.answer_lists import class_names
@@ -49,12 +49,6 @@ class Victim:
     ) -> None:
         self.folder = source_folder(source, revision, token, _WANTED)
         self.name = str(source)
-        if not any(self.folder.glob("*.safetensors")):
-            raise NotSafetensorsError(
-                f"{quoted(self.name, 200)} holds no safetensors",
-                expected="model.safetensors",
-                do="load it where you trust it, and save_pretrained it again",
-            )
         self.model: Any = load_model(self.folder, self.name)
         has_own = (self.folder / "preprocessor_config.json").exists()
         self._processor = load_processor(self.folder) if has_own else None
