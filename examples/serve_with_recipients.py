@@ -37,7 +37,7 @@ from hf_watermark.verify import verify_outputs
 CUSTOMERS = [f"customer-{i}" for i in range(20)]
 API_KEYS = {f"key-of-{name}": name for name in CUSTOMERS}
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-QUERIES, PROBES = 3000, 1500
+QUERIES, PROBES = 6000, 1500
 
 Answer = Callable[[torch.Tensor, str], torch.Tensor]  # pixel values, the API key: logits
 

@@ -18,7 +18,7 @@ from hf_watermark.softlabels.detection import agreement, class_weights
 from hf_watermark.softlabels.outputs import Outputs
 from hf_watermark.verify import verify_outputs
 
-PROBES = 2500
+PROBES = 1500
 
 
 def network(seed):
@@ -78,7 +78,7 @@ def world():
     x, y = labelled_digits()
     teacher = trained(0, x[:900], y[:900], 12)
     served = SoftLabelWatermark(teacher, KEY, count=32).calibrate(blends(x[:900], 1200, 1))
-    queries, probes = blends(x[900:], 3000, 2), blends(x[:900], PROBES, 3)
+    queries, probes = blends(x[900:], 6000, 2), blends(x[:900], PROBES, 3)
     leaked = served.for_recipient("customer-3")
     return {
         "served": served,

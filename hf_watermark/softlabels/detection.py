@@ -55,10 +55,11 @@ def agreement(weights: Doubles, signs: npt.NDArray[np.int8]) -> float:
 def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles] = ()) -> Doubles:
     """How every class moves with every feature, (nb, K).
 
-    The suspect's centred log-probabilities are freed of what the clean references explain, brought
-    to the same length probe by probe, and correlated with the features, freed of the same. Signs
-    weigh alike along every direction of the features; where answers move more than elsewhere, it is
-    for reasons of the suspect's own, and those directions are levelled.
+    The suspect's centred log-probabilities are freed, class by class, of what the clean models say
+    of that class, centred and brought to the same length probe by probe, and correlated with the
+    features, freed of the same. Signs weigh alike along every direction of the features; where
+    answers move more than elsewhere, it is for reasons of the suspect's own, and those directions
+    are levelled.
 
     Args:
         outputs: The suspect's, n probes.
@@ -66,16 +67,20 @@ def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles
         references: (n, K) log-probabilities of clean models beside the owner's own.
     """
     clean: Doubles = probes.log_probs.astype(np.float64)
-    basis = _covariates([_centred(one) for one in (clean, *references)], [clean, *references])
-    residual = _without(basis, _centred(outputs.log_probs))
+    given = [(_centred(one), np.exp(one)) for one in (clean, *references)]
+    bases = [
+        _basis(np.stack([x[:, j] for pair in given for x in pair], axis=1))
+        for j in range(clean.shape[1])
+    ]
+    residual = _centred(_freed(bases, _centred(outputs.log_probs)))
     if probes.top_k is not None and probes.top_k < probes.classes:
         bent = np.argpartition(-clean, probes.top_k - 1, axis=1)[:, : probes.top_k]
         mask = np.zeros(clean.shape)
         np.put_along_axis(mask, bent, 1.0, axis=1)
         mean = (residual * mask).sum(axis=1, keepdims=True) / probes.top_k
         residual = (residual - mean) * mask
-    psi = _without(basis, probes.psi.astype(np.float64))
-    return _levelled(psi.T @ _unit_rows(residual))
+    # Freeing the answers once more is freeing the features: psi'(I - BB')r.
+    return _levelled(probes.psi.T.astype(np.float64) @ _freed(bases, _unit_rows(residual)))
 
 
 def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles] = ()) -> Doubles:
@@ -139,8 +144,9 @@ def _centred(log_probs: Doubles) -> Doubles:
     return centred
 
 
-def _covariates(centred: Sequence[Doubles], log_probs: Sequence[Doubles]) -> Doubles:
-    return _basis(np.concatenate([*centred, *(np.exp(one) for one in log_probs)], axis=1))
+def _freed(bases: Sequence[Doubles], x: Doubles) -> Doubles:
+    """Every column of an array (n, K) without what its class's basis explains."""
+    return np.stack([_without(basis, x[:, j : j + 1])[:, 0] for j, basis in enumerate(bases)], 1)
 
 
 def _basis(columns: Doubles) -> Doubles:
