@@ -22,9 +22,10 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,19 @@ MARGIN = {10: (0.12, 0.3), 2: (0.25, 0.3)}
 EPS = {10: 1.0, 2: 2.0}
 COUNTS = (200, 300, 500, 1000, 2000, 5000)
 CUSTOMERS = 1000
+PRICED = 10  # customers
 BEYOND = ("erasures", "colluders", "variants")
 # Fixed before any suspect was trained: the teacher's own architecture and another, neither of them
-# the weak suspect's, and what a student of labels alone looks like.
+# the weak suspect's, and what a student of labels alone looks like. In margin mode also what the
+# account's own queries teach whoever gets unmarked labels.
 BANK = {
     "same architecture": (Recipe("resnet", batch=128), False),
     "same architecture, hard labels": (Recipe("resnet", batch=128), True),
     "another architecture": (Recipe("bottleneck", batch=128), False),
 }
+LOGGED = "the account's queries, hard labels"
+# Chosen on other keys: students of labels learn H alone less well than the image's own features.
+MARGIN_FEATURES = "M"
 WEAK = Recipe("regnet", share=2 / 3, epochs=1.25)
 PATIENT = Recipe("resnet", epochs=1.75)  # labels alone take longer to learn
 
@@ -74,6 +80,7 @@ class Suspect:
         make: Trains it, or loads what it is made of.
         margin: Whether the answers were served, and are read, in margin mode.
         customers: Whose answers it learnt; empty for the owner's own signs.
+        together: Other suspects whose probabilities it averages, in place of training anything.
     """
 
     name: str
@@ -81,6 +88,7 @@ class Suspect:
     make: Callable[[], nn.Module]
     margin: bool = False
     customers: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
 
 class Run:
@@ -98,9 +106,9 @@ class Run:
         self.served = SoftLabelWatermark(self.teacher, self.key, eps, options.features)
         self.served.calibrate(shown).eval()
         margin = MARGIN[classes]
-        # Another key than above: the price and the weights of margin mode were chosen on that one.
-        firm_key = OwnerKey((7200 + seed).to_bytes(32, "big"))
-        self.firm = SoftLabelWatermark(self.teacher, firm_key, eps, options.features, margin)
+        # Another key than above: what margin mode is read by was chosen on that one, and others.
+        firm_key = OwnerKey((7400 + seed).to_bytes(32, "big"))
+        self.firm = SoftLabelWatermark(self.teacher, firm_key, eps, MARGIN_FEATURES, margin)
         self.firm.calibrate(shown).eval()
 
     # Models -----------------------------------------------------------------------------------
@@ -150,19 +158,16 @@ class Run:
 
         return make
 
-    def references(self) -> dict[str, nn.Module]:
-        """Clean students, made beforehand."""
-        made = {}
-        for name, (recipe, hard) in BANK.items():
+    def reference(self, name: str) -> dict[str, Any]:
+        """What a clean student says, made beforehand."""
+        part = "queries" if name == LOGGED else "reference"
+        recipe, hard = BANK.get(name, (Recipe("resnet"), True))
 
-            def targets(hard: bool = hard) -> Tensor:
-                said = self.said(self.teacher, "reference")
-                return said.argmax(-1) if hard else said
+        def targets() -> Tensor:
+            said = self.said(self.teacher, part)
+            return said.argmax(-1) if hard else said
 
-            made[name] = self.kept(
-                f"reference {name}", self.learnt(recipe, targets, part="reference")
-            )
-        return made
+        return self.outputs(f"reference {name}", self.learnt(recipe, targets, part))
 
     # Suspects ---------------------------------------------------------------------------------
 
@@ -215,6 +220,9 @@ class Run:
             yield Suspect("answers cut to the top 3", "variant", top)
         yield Suspect("fine-tuned on true labels", "variant", self._tuned)
         yield Suspect("half of the weights pruned", "variant", lambda: self._changed("strong"))
+        for beside, other in (("an unmarked one", "own labels"), ("the weak one", "weak")):
+            name = f"mean with {beside}"
+            yield Suspect(name, "variant", nn.Module, together=("strong", other))
 
     def _colluders(self) -> Iterator[Suspect]:
         for count in (2, 3):
@@ -276,11 +284,22 @@ class Run:
         model.arch = self.options.teacher  # type: ignore[assignment]
         return model
 
-    def outputs(self, name: str, make: Callable[[], nn.Module]) -> dict[str, Any]:
+    def _ensemble(self, names: Sequence[str]) -> Callable[..., Any]:
+        models = [self._again(name) for name in names]
+
+        def answer(pixel_values: Tensor) -> SimpleNamespace:
+            said = [one(pixel_values=pixel_values).logits.softmax(-1) for one in models]
+            return SimpleNamespace(logits=torch.stack(said).mean(0).log())
+
+        return answer
+
+    def outputs(
+        self, name: str, make: Callable[[], nn.Module], together: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """A model's log-probabilities of probes and queries, and its accuracy on other images."""
         path = self.folder / f"{name.replace(' ', '_').replace(',', '')}.npz"
         if not path.exists():
-            model = self.kept(name, make)
+            model = self._ensemble(together) if together else self.kept(name, make)
             images, labels = self.data.test
             right = answers(model, images, self.data).argmax(-1) == labels
             probes = answers(model, self.data.probes[0], self.data).numpy()
@@ -322,21 +341,22 @@ def posted(classes: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
 def readings(run: Run) -> dict[str, Any]:
     """Every statistic of one seed."""
     data = run.data
-    bank = [run.outputs(f"reference {name}", lambda: nn.Module()) for name in run.references()]
-    fresh = {m: _view(run, m, data.probes[0]) for m in (False, True)}
-    logged = _view(run, True, data.queries[0])
+    bank = [run.reference(name) for name in BANK]
+    banks = {False: bank, True: [*bank, run.reference(LOGGED)]}
+    fresh = {m: view(run, m, data.probes[0]) for m in (False, True)}
+    logged = view(run, True, data.queries[0])
     found: dict[str, Any] = {}
     wrong: list[float] = []
     for suspect in run.suspects():
-        said = run.outputs(suspect.name, suspect.make)
+        said = run.outputs(suspect.name, suspect.make, suspect.together)
         if run.options.train_only:
             continue
         row: dict[str, Any] = {"kind": suspect.kind, "accuracy": float(said["accuracy"])}
-        probes = fresh[suspect.margin]
+        probes, bank = fresh[suspect.margin], banks[suspect.margin]
         core = suspect.kind not in ("variant", "erasure")
         row["fresh"] = {
             name: {
-                str(count): _judged(change(np.exp(said["probes"][:count])), probes, bank, "probes")
+                str(count): judged(change(np.exp(said["probes"][:count])), probes, bank, "probes")
                 for count in (COUNTS if name == "as it is" else (2000, 5000))
                 if count >= fewest_probes(probes.features)
             }
@@ -346,12 +366,12 @@ def readings(run: Run) -> dict[str, Any]:
         alone = np.exp(said["probes"][:2000])
         if suspect.margin:
             row["logged"] = {
-                name: _judged(change(np.exp(said["queries"])), logged, bank, "queries")
+                name: judged(change(np.exp(said["queries"])), logged, bank, "queries")
                 for name, change in posted(run.options.classes).items()
                 if name in ("as it is", "labels")
             }
         if core:
-            row["teacher_only"] = _judged(alone, probes, [], "probes")
+            row["teacher_only"] = judged(alone, probes, [], "probes")
             row["wrong_keys"], t = _wrong(run, suspect, alone, probes, bank)
             wrong += t
         if suspect.customers:
@@ -365,20 +385,33 @@ def readings(run: Run) -> dict[str, Any]:
     right = answers(run.teacher, images, data).argmax(-1) == labels
     return {
         "teacher_accuracy": float(right.float().mean()),
-        "references": {name: float(one["accuracy"]) for name, one in zip(BANK, bank, strict=True)},
+        "references": {name: float(run.reference(name)["accuracy"]) for name in (*BANK, LOGGED)},
         "distortion": run.served.distortion(seen, labels).to_dict(),
         "margin_distortion": run.firm.distortion(seen, labels).to_dict(),
         "margin_expected_price": run.firm.expected_price,
+        "margin_prices": _prices(run, images, labels),
         "wrong_keys": _null(wrong) | {"ranks": _ranks(wrong)} if wrong else None,
         "suspects": found,
     }
 
 
-def _view(run: Run, margin: bool, images: Tensor) -> Probes:
+def _prices(run: Run, images: Tensor, labels: Tensor) -> list[float]:
+    """What margin mode costs the teacher's accuracy, for every one of ten customers."""
+    before, *after = (
+        answers(one, images, run.data).argmax(-1).eq(labels).double().mean().item()
+        for one in (
+            run.teacher,
+            *(run.firm.for_recipient(f"customer-{i}") for i in range(PRICED)),
+        )
+    )
+    return [before - one for one in after]
+
+
+def view(run: Run, margin: bool, images: Tensor) -> Probes:
     return (run.firm if margin else run.served).probes(run.data.seen(images).cpu(), 500)
 
 
-def _judged(
+def judged(
     said: np.ndarray, probes: Probes, bank: list[dict[str, Any]], part: str
 ) -> dict[str, Any]:
     count = len(said)
@@ -498,7 +531,9 @@ def main() -> None:
         | {
             "eps": options.eps or EPS[options.classes],
             "margin": MARGIN[options.classes],
+            "margin_features": MARGIN_FEATURES,
             "bank": list(BANK),
+            "bank_in_margin_mode": [*BANK, LOGGED],
         },
         "results": {},
     }

@@ -186,16 +186,22 @@ def margin() -> str:
         record = _load(file)
         costs = [seed["margin_distortion"] for seed in record["results"].values()]
         paid = [100 * (one["accuracy"][0] - one["accuracy"][1]) for one in costs]
+        prices = [
+            [100 * one for one in seed["margin_prices"]] for seed in record["results"].values()
+        ]
         expected = [100 * seed["margin_expected_price"] for seed in record["results"].values()]
         told.append(
             f"{record['settings']['classes']} classes, margin="
             f"({', '.join(f'{one:g}' for one in record['settings']['margin'])}): "
             f"{_each(paid, '.2f')} points of the teacher's accuracy on 10,000 test images "
-            f"(expected beforehand: {_each(expected, '.2f')})"
+            f"(mean of {len(prices[0])} customers {_each(map(statistics.mean, prices), '.2f')}, "
+            f"expected beforehand {_each(expected, '.2f')})"
         )
     more = _text(
         "log10 p, both readings counted. Fresh: 5,000 images that nobody was asked about. Queries:",
-        "all that the student's account asked.",
+        "all that the student's account asked. Features",
+        f"{record['settings']['margin_features']}; among the references is one that learnt the",
+        "clean model's labels of those queries.",
         f"Price: {'; '.join(told)}.",
     )
     return f"{_table(head, rows)}\n\n{more}"
@@ -230,14 +236,33 @@ def erasures() -> str:
     head = ("what the thief does", "accuracy, %", "points lost", "t", "log10 p")
     strong = statistics.mean(row["accuracy"] for row in _of(record, "strong"))
     noise = 100 * (strong * (1.0 - strong) / _TEST) ** 0.5
-    few = sorted({len(_of(record, name)) for name in names})
+    few = sorted({len(_of(record, name)) for name in (*names, "strong")})
     more = _text(
-        f"2,000 probes. Students of answers as they are, and of hard labels, list "
-        f"{len(_of(record, 'strong'))} seeds; erasures were run on",
-        f"{' or '.join(map(str, few))} of them, the first. The standard error of an accuracy is",
-        f"about {noise:.1f} points (`benchmarks/distillation.py`).",
+        f"2,000 probes; {_seeds(few)}. The standard error of an accuracy is about {noise:.1f}",
+        "points (`benchmarks/distillation.py`).",
     )
     return f"{_table(head, rows)}\n\n{more}"
+
+
+def _seeds(counts: list[int]) -> str:
+    return f"{' to '.join(map(str, sorted({counts[0], counts[-1]})))} seeds a row"
+
+
+def variants() -> str:
+    """Students who learnt, or answer, in other ways."""
+    record = _load("distillation")
+    every = [row for seed in record["results"].values() for row in seed["suspects"].items()]
+    names = {name: None for name, row in every if row["kind"] == "variant" and not _shared(row)}
+    rows = []
+    for name in ("strong", *names):
+        found = _of(record, name)
+        said = "as it is: the strong student" if name == "strong" else name
+        rows.append((said, _accuracy(found), _t(found), _p(found)))
+    return _table(("the student", "accuracy, %", "t", "log10 p"), rows)
+
+
+def _shared(row: dict[str, Any]) -> bool:
+    return "customers" in row
 
 
 def answers() -> str:
@@ -395,6 +420,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "innocents": innocents,
     "margin": margin,
     "erasures": erasures,
+    "variants": variants,
     "answers": answers,
     "colluders": colluders,
     "leaks": leaks,
