@@ -415,6 +415,33 @@ def usp() -> str:
     return "\n".join(lines)
 
 
+def trained_in() -> str:
+    """Published weights with both marks."""
+    record = _load("trained_in")
+    seeds = list(record["results"].values())
+    rows = []
+    for name in seeds[0]["rows"]:
+        found = [seed["rows"][name] for seed in seeds]
+        rows.append(
+            (
+                name,
+                _accuracy(found),
+                _each(row["outputs"]["t"] for row in found),
+                _each(row["outputs"]["log10_p"] for row in found),
+                _each((row["weights_log10_p"] for row in found), ".0f"),
+            )
+        )
+    head = ("the weights", "accuracy, %", "t of its answers", "log10 p", "log10 p of the weights")
+    told = _text(
+        f"Trained by `WatermarkTrainer` for {record['settings']['epochs']} epochs; teachers",
+        f"{_each(100 * seed['teacher_accuracy'] for seed in seeds)}%;",
+        f"{record['settings']['probes']:,} probes. Attacks as in `hf-watermark stress`, with",
+        f"{record['settings']['calibration']:,} images and {record['settings']['attack_epochs']}",
+        "epochs (`benchmarks/trained_in.py`).",
+    )
+    return f"{_table(head, rows)}\n\n{told}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "students": students,
     "innocents": innocents,
@@ -424,6 +451,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "answers": answers,
     "colluders": colluders,
     "leaks": leaks,
+    "trained_in": trained_in,
     "served": served,
     "usp": usp,
 }

@@ -46,7 +46,7 @@ class SoftLabelWatermark(nn.Module):
         eps: The strength; two classes need about twice as much as ten. `distortion` says what it
             costs on your images.
         features: `H`, the model's own penultimate features, or `M`, mixed with the image at 4x4:
-            better against weak students of other architectures.
+            better against weak students of other architectures, and in margin mode.
         margin: (lambda, tau) turns margin mode on: where the top two classes are closer than tau
             the key may swap them, which reaches students trained on labels alone. See
             `expected_price` after calibration.
