@@ -61,6 +61,9 @@ def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles
     answers move more than elsewhere, it is for reasons of the suspect's own, and those directions
     are levelled.
 
+    In margin mode, where labels teach little but which of two classes is ahead, the correlation of
+    that preference with the features counts as much.
+
     Args:
         outputs: The suspect's, n probes.
         probes: The owner's view of the same.
@@ -79,8 +82,13 @@ def class_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles
         np.put_along_axis(mask, bent, 1.0, axis=1)
         mean = (residual * mask).sum(axis=1, keepdims=True) / probes.top_k
         residual = (residual - mean) * mask
+    psi = probes.psi.astype(np.float64)
     # Freeing the answers once more is freeing the features: psi'(I - BB')r.
-    return _levelled(probes.psi.T.astype(np.float64) @ _freed(bases, _unit_rows(residual)))
+    weights = _levelled(psi.T @ _freed(bases, _unit_rows(residual)))
+    if probes.margin is None:
+        return weights
+    preference, sides = _preference(outputs, clean, references, np.arange(len(clean)))
+    return _unit(weights) + _unit(psi.T @ (preference[:, None] * sides))
 
 
 def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles] = ()) -> Doubles:
@@ -98,8 +106,7 @@ def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles]
     assert probes.margin is not None
     strength, limit = probes.margin
     clean = probes.log_probs.astype(np.float64)
-    order = np.argsort(-clean, axis=1, kind="stable")
-    first, second = order[:, 0], order[:, 1]
+    first, second = _top_two(clean)
     gap = _pick(np.exp(clean), first) - _pick(np.exp(clean), second)
     near = np.argsort(gap, kind="stable")[:_MOST_PAIRS]
     near = near[gap[near] < limit]
@@ -109,21 +116,8 @@ def pair_weights(outputs: Outputs, probes: Probes, references: Sequence[Doubles]
     spread = strength * np.sqrt(2.0 * np.mean(psi**2, axis=1))
     # d E[p1 > p2] / d key at a gap, up to a factor: the density of the key's push there.
     weight = np.exp(-0.5 * (gap[near] / spread) ** 2)
-    first, second = first[near], second[near]
-
-    def preference(log_probs: Doubles) -> Doubles:
-        rows = log_probs[near]
-        return _pick(rows, first) - _pick(rows, second)
-
-    given = [clean, *references]
-    sides = np.zeros((len(near), probes.classes))
-    np.put_along_axis(sides, first[:, None], 1.0, axis=1)
-    np.put_along_axis(sides, second[:, None], -1.0, axis=1)
-    columns = [np.stack([preference(one), preference(np.exp(one))], axis=1) for one in given]
-    basis = _basis(np.concatenate([*columns, sides], axis=1))
-    residual = _without(basis, preference(outputs.log_probs)[:, None])[:, 0]
-    scale = float(np.median(np.abs(residual)))
-    residual = weight * residual / np.sqrt(residual**2 + scale**2 + 1e-30)
+    preference, sides = _preference(outputs, clean, references, near)
+    residual = weight * preference
     kernel = (psi @ psi.T) * (sides @ sides.T)
     ridge = _RIDGE * float(np.trace(kernel)) / min(len(near), psi.shape[1] * probes.classes)
     dual = np.linalg.solve(kernel + ridge * np.eye(len(near)), residual)
@@ -137,6 +131,35 @@ def probes_needed(t: float, probes: int, wanted: float) -> int | None:
     None if t is too small to tell a mark from chance.
     """
     return None if t < 1.5 else max(probes, math.ceil(probes * (wanted / t) ** 2))
+
+
+def _preference(
+    outputs: Outputs, clean: Doubles, references: Sequence[Doubles], rows: npt.NDArray[np.int64]
+) -> tuple[Doubles, Doubles]:
+    """How much the suspect prefers the clean model's top class to the second, and which they are.
+
+    Returns:
+        The difference of log-probabilities, freed of the clean models' and with outliers drawn in,
+        (n,), and e_c1 - e_c2, (n, K), for the rows asked for.
+    """
+    first, second = _top_two(clean[rows])
+
+    def of(log_probs: Doubles) -> Doubles:
+        return _pick(log_probs[rows], first) - _pick(log_probs[rows], second)
+
+    sides = np.zeros((len(rows), clean.shape[1]))
+    np.put_along_axis(sides, first[:, None], 1.0, axis=1)
+    np.put_along_axis(sides, second[:, None], -1.0, axis=1)
+    columns = [np.stack([of(one), of(np.exp(one))], axis=1) for one in (clean, *references)]
+    basis = _basis(np.concatenate([*columns, sides], axis=1))
+    residual = _without(basis, of(outputs.log_probs)[:, None])[:, 0]
+    scale = float(np.median(np.abs(residual)))
+    return residual / np.sqrt(residual**2 + scale**2 + 1e-30), sides
+
+
+def _top_two(clean: Doubles) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    order = np.argsort(-clean, axis=1, kind="stable")
+    return order[:, 0], order[:, 1]
 
 
 def _centred(log_probs: Doubles) -> Doubles:
@@ -176,6 +199,11 @@ def _levelled(weights: Doubles) -> Doubles:
     level = directions / np.sqrt(np.maximum(size, 0.0) + ridge)
     levelled: Doubles = level @ (directions.T @ weights)
     return levelled
+
+
+def _unit(weights: Doubles) -> Doubles:
+    norm = float(np.linalg.norm(weights))
+    return weights / norm if norm > 0.0 else weights
 
 
 def _unit_rows(x: Doubles) -> Doubles:
