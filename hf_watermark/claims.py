@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hf_watermark.carriers import Carrier, named_carriers, natural_order
 from hf_watermark.checkpoint import Checkpoint, Files
 from hf_watermark.errors import CarrierMissingError, ClaimError
-from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier, canonical_json
+from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier, Seal, canonical_json
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
 from hf_watermark.symmetry import layout_of
@@ -41,6 +41,7 @@ def make_claim(
     *,
     secret_carriers: bool = False,
     references: Mapping[str, str] | None = None,
+    seal: Seal | None = None,
 ) -> Claim:
     """The signed claim of `key` over tensors of a checkpoint.
 
@@ -52,6 +53,7 @@ def make_claim(
         secret_carriers: Keep the names out of the public copy.
         references: From `reference_digests`, if the tensors that they cover never felt the mark;
             they allow an aligned reading.
+        seal: The mark that they never felt, if it is not the key's own; nothing without references.
 
     Returns:
         The owner's own copy; publish its `public` form.
@@ -66,7 +68,13 @@ def make_claim(
         span, digest = checkpoint.tensors[carrier.name], _digest(checkpoint, carrier.name)
         reference = references.get(carrier.name)
         claimed.append(ClaimedCarrier(carrier.name, span.shape, span.dtype, digest, reference))
-    return Claim.make(key, scheme, tuple(claimed), secret_carriers=secret_carriers)
+    return Claim.make(
+        key,
+        scheme,
+        tuple(claimed),
+        secret_carriers=secret_carriers,
+        seal=seal if references else None,
+    )
 
 
 def reference_tensors(

@@ -39,11 +39,13 @@ from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
 from hf_watermark.threads import one_thread
 
-__all__ = ["Embedded", "embed_checkpoint", "scheme_for"]
+__all__ = ["Embedded", "embed_checkpoint", "scheme_for", "seal_scheme"]
 
 _CLOSED_FORM = 0.05  # nothing trains afterwards: half the distortion that training absorbs
 _UNSEEN = -3.0  # log10 p above which a source never saw the key, as far as its carriers tell
 _WRITTEN = ("F32", "F16", "BF16")
+_SEAL_BITS = 8, 64
+_WEIGHTS_PER_SEAL_BIT = 6400  # from there on the floor margin costs no more than 5% distortion
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ def scheme_for(weights: int, bits: int = 64) -> Scheme:
     scheme = Scheme(bits=bits)
     gentle = Scheme(bits=bits, strength=_CLOSED_FORM)
     return gentle if gentle.margin(weights) < scheme.margin(weights) else scheme
+
+
+def seal_scheme(weights: int) -> Scheme:
+    """The scheme of a seal: the closed form's, of fewer bits where 64 would need more distortion.
+
+    Args:
+        weights: N, the number of weights of all carriers.
+    """
+    least, most = _SEAL_BITS
+    return scheme_for(weights, min(max(weights // _WEIGHTS_PER_SEAL_BIT, least), most))
 
 
 def embed_checkpoint(
@@ -190,14 +202,15 @@ def _claim(
 ) -> Claim:
     """The new claim. It fixes what disguised copies may be compared with if the key is new here.
 
-    Or if our earlier claim fixed the same. Layers that were trained beside the mark know of it: an
-    aligned reading by them would favour the key.
+    Or if our earlier claim fixed the same, for the mark or for a seal in the same carriers. Layers
+    that were trained beside the mark know of it: an aligned reading by them would favour the key.
     """
     found = reference_digests(written, names)
+    seal = None if ours is None else ours.seal
 
     def claim(references: dict[str, str]) -> Claim:
         return make_claim(
-            written, key, scheme, names, secret_carriers=secret, references=references
+            written, key, scheme, names, secret_carriers=secret, references=references, seal=seal
         )
 
     if is_new:
@@ -206,6 +219,8 @@ def _claim(
         same = claim(found)
         return same if same.carriers_commitment == ours.carriers_commitment else claim({})
     known = {} if ours is None else {c.name: c.reference for c in ours.carriers}
+    if seal is not None and list(known) != list(names):
+        known = {}
     return claim({name: digest for name, digest in found.items() if known.get(name) == digest})
 
 

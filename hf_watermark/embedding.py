@@ -6,10 +6,12 @@ detaching leaves the `state_dict` and the module as they were.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,18 +24,25 @@ from hf_watermark.carriers import (
     choose_carriers,
     named_carriers,
 )
-from hf_watermark.errors import AttachError, CarrierError
+from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.claims import locate_carriers, make_claim, reference_digests, reference_tensors
+from hf_watermark.errors import AttachError, CarrierError, ShardedParameterError
+from hf_watermark.evidence import Claim, Seal
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.key import OwnerKey
 from hf_watermark.parts import Part, part_of, put_back_shards, refuse_unknown_shards
 from hf_watermark.projected_step import ProjectedStep
-from hf_watermark.projections import Projection
+from hf_watermark.projections import Floats, Projection
 from hf_watermark.scheme import Scheme
+from hf_watermark.sealing import put_on
 from hf_watermark.wrappers import plain_parameters, unwrapped, unwrapped_parameters
 from hf_watermark.zero_parts import shape_of, whole_parts, zero_part_of
 
 __all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
 
+logger = logging.getLogger(__name__)
+
+_ROWS_TO_COMPARE = 4
 # Which keys are attached to which module: attaching the same one twice would push twice as hard.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, WatermarkLoss]]
 _ATTACHED = weakref.WeakKeyDictionary()
@@ -64,7 +73,10 @@ class WatermarkLoss:
     optimizer.step()
     watermark.step()
     ...
+    watermark.seal()
     watermark.detach()
+    model.save_pretrained(folder)
+    (folder / "watermark.json").write_bytes(watermark.claim(folder).public.to_bytes())
     ```
 
     With `embedding="projection"` (the default) the call returns the task's loss as it is, and
@@ -125,6 +137,8 @@ class WatermarkLoss:
             _refuse_frozen(self.carriers, trainable, self.scheme, chosen=carriers is None)
         self.projection = Projection(key, self.scheme, self.carriers)
         self._projected = ProjectedStep(self.projection, self.carriers)
+        self._seal: Seal | None = None
+        self._sealed_rows: list[Floats] = []
         self._attached = False
         self.attach()
 
@@ -227,6 +241,7 @@ class WatermarkLoss:
         self._check_attached()
         if not self.model.training or _is_accumulating():
             return
+        self._seal = None  # what trains on trains beside it
         if self.steps % self.every == 0:
             self.project()
         self.steps += 1
@@ -238,6 +253,83 @@ class WatermarkLoss:
             return
         put_back_shards(self.model)
         self._projected.apply(self._parts)
+
+    @torch.no_grad()
+    def seal(self) -> Seal | None:
+        """Once training has ended: add the mark that is read where disguises are undone.
+
+        Layers that were trained beside a mark know of it, and comparing disguised copies by them
+        would favour its key. So the seal has a key of its own, derived from the owner's and from
+        the carriers as training left them: none that an earlier training saw. It is put on like the
+        closed form's, and the first mark keeps its margins. To train on voids it: seal again.
+
+        Returns:
+            What `claim` will say of it; None, with the reason in the log, where disguises of the
+            architecture cannot be undone, or the carriers cannot hold both marks.
+
+        Raises:
+            AttachError: After `detach`.
+        """
+        self._check_attached()
+        if self._seal is not None:
+            return self._seal
+        put_back_shards(self.model)
+        parameters = plain_parameters(self.model)
+        shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
+        if not reference_tensors(shapes, [carrier.name for carrier in self.carriers]):
+            logger.info("Not sealed: disguises of this architecture cannot be undone")
+            return None
+        self._seal = put_on(self.key, self.projection, self._parts, self.project)
+        self._sealed_rows = self._first_rows(self.weights())
+        return self._seal
+
+    def claim(
+        self, folder: str | os.PathLike[str], gathered: Mapping[str, Tensor] | None = None
+    ) -> Claim:
+        """The signed claim about the model as it was just saved.
+
+        It speaks of a seal only if the weights are those that were sealed.
+
+        Args:
+            folder: Where it was saved.
+            gathered: The whole weights by name, where the model is sharded.
+
+        Returns:
+            The owner's own copy; publish its `public` form.
+
+        Raises:
+            WatermarkError: If the carriers are not in what was saved, or only in shards.
+        """
+        gathered = gathered or {}
+        # Sharded weights come gathered, and only here: the other processes are not asked again.
+        if all(carrier.name in gathered for carrier in self.carriers):
+            weights = [gathered[carrier.name] for carrier in self.carriers]
+        elif self.is_sharded:
+            raise ShardedParameterError(
+                "The carriers are sharded and not in what is saved",
+                do="save whole models (FULL_STATE_DICT), then run hf-watermark embed on the folder",
+            )
+        else:
+            weights = self.weights()
+        checkpoint, rows = Checkpoint.open(FolderFiles(folder)), self._first_rows(weights)
+        names = locate_carriers(checkpoint, self.carriers, rows)
+        sealed = self._seal is not None and all(map(np.array_equal, rows, self._sealed_rows))
+        return make_claim(
+            checkpoint,
+            self.key,
+            self.scheme,
+            names,
+            secret_carriers=self.secret_carriers,
+            references=reference_digests(checkpoint, names) if sealed else None,
+            seal=self._seal,
+        )
+
+    def _first_rows(self, weights: Sequence[Tensor]) -> list[Floats]:
+        found = []
+        for carrier, weight in zip(self.carriers, weights, strict=True):
+            rows = weight[:_ROWS_TO_COMPARE].detach().reshape(-1, carrier.columns)
+            found.append(rows.float().cpu().numpy().copy())
+        return found
 
     @torch.no_grad()
     def measure(self) -> Measurement:

@@ -16,7 +16,15 @@ from hf_watermark.errors import ClaimError, SchemeError
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
 
-__all__ = ["CLAIM_FILE", "CLAIM_FORMAT", "Claim", "ClaimedCarrier", "Evidence", "canonical_json"]
+__all__ = [
+    "CLAIM_FILE",
+    "CLAIM_FORMAT",
+    "Claim",
+    "ClaimedCarrier",
+    "Evidence",
+    "Seal",
+    "canonical_json",
+]
 
 CLAIM_FILE = "watermark.json"
 CLAIM_FORMAT = "hf-watermark/1"
@@ -50,7 +58,7 @@ class ClaimedCarrier:
         dtype: Its safetensors dtype.
         sha256: Digest of its bytes in the file, 64 hexadecimal digits.
         reference: Digest of the tensors beside it that an aligned reading compares a suspect with;
-            None where there is no such reading, as for marks that were trained.
+            None where there is no such reading.
     """
 
     name: str
@@ -92,6 +100,26 @@ class ClaimedCarrier:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """The second mark of a model that was trained with its first: see `WatermarkLoss.seal`.
+
+    Attributes:
+        scheme: The scheme's name.
+        nonce: Names its key, `OwnerKey.sealed(nonce)`; 32 hexadecimal digits.
+    """
+
+    scheme: str
+    nonce: str
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Seal:
+        """Read a claim's; the caller turns what this raises into its own error."""
+        if not _is_hex(fields["nonce"], 32):
+            raise ValueError("nonce")
+        return cls(Scheme.from_name(fields["scheme"]).name, fields["nonce"])
+
+
+@dataclass(frozen=True)
 class Claim:
     """What an owner publishes with the weights, before any dispute: `watermark.json`.
 
@@ -108,6 +136,7 @@ class Claim:
         public_key: The key's Ed25519 identity.
         owner: The owner's name, for people; may be empty.
         carriers_commitment: Salted hash of secret carriers, else None.
+        seal: What aligned readings look for with its own key; None: they look for the mark itself.
         signature: Ed25519 over the canonical public form, empty until signed.
     """
 
@@ -117,6 +146,7 @@ class Claim:
     public_key: str
     owner: str = ""
     carriers_commitment: str | None = None
+    seal: Seal | None = None
     signature: str = ""
 
     @classmethod
@@ -127,6 +157,7 @@ class Claim:
         carriers: tuple[ClaimedCarrier, ...],
         *,
         secret_carriers: bool = False,
+        seal: Seal | None = None,
     ) -> Claim:
         """The signed claim of `key` over `carriers` (the owner's own copy if they are secret)."""
         claim = cls(
@@ -136,6 +167,7 @@ class Claim:
             public_key=key.public_key,
             owner=key.owner,
             carriers_commitment=_commit_carriers(key, carriers) if secret_carriers else None,
+            seal=seal,
         )
         return dataclasses.replace(claim, signature=key.sign(claim._signed_bytes()))
 
@@ -208,6 +240,8 @@ class Claim:
         }
         if self.carriers_commitment is not None:
             fields["carriers_commitment"] = self.carriers_commitment
+        if self.seal is not None:
+            fields["seal"] = dataclasses.asdict(self.seal)
         return fields
 
     def to_bytes(self) -> bytes:
@@ -260,6 +294,7 @@ class Claim:
                 public_key=fields["public_key"],
                 owner=fields["owner"],
                 carriers_commitment=hidden,
+                seal=Seal.from_dict(fields["seal"]) if "seal" in fields else None,
                 signature=fields["signature"],
             )
         except (KeyError, TypeError, ValueError, SchemeError):

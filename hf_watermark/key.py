@@ -155,6 +155,14 @@ class OwnerKey:
             ) from None
         return OwnerKey(secret, self._owner)
 
+    def sealed(self, nonce: str) -> OwnerKey:
+        """The key of a seal: see `WatermarkLoss.seal`. No recipient's name leads to it.
+
+        Args:
+            nonce: The claim's.
+        """
+        return OwnerKey(self.stream(f"seal/{nonce}", _SECRET_BYTES), self._owner)
+
     # Files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], passphrase: str | None = None) -> None:

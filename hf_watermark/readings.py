@@ -183,6 +183,7 @@ def read_suspect(
     alpha: float,
     progress: Progress | None = None,
     align: Align | None = None,
+    aligned: Projection | None = None,
 ) -> Finding:
     """Read a suspect as planned, until the corrected p-value is at most alpha.
 
@@ -194,6 +195,7 @@ def read_suspect(
         progress: Called with weights read and weights planned.
         align: From a carrier's position to its name and weights in the suspect, disguises undone;
             called for the carriers that the plan aligns, if all else fails.
+        aligned: What is read there instead of `projection`, over the same carriers.
 
     Returns:
         The finding that passed, or the best one if none did.
@@ -206,7 +208,7 @@ def read_suspect(
     best: Finding | None = None
     unreadable: CarrierError | None = None
     unaligned: AlignmentError | None = None
-    for findings in _attempts(checkpoint, projection, plan, progress, align):
+    for findings in _attempts(checkpoint, projection, plan, progress, align, aligned):
         try:
             for finding in findings:
                 if best is None or finding.log10_p < best.log10_p:
@@ -230,6 +232,7 @@ def _attempts(
     plan: Plan,
     progress: Progress | None,
     align: Align | None,
+    aligned: Projection | None,
 ) -> Iterator[Iterator[Finding]]:
     """The readings in the order of the plan; those of one attempt share what was fetched."""
     count = _Count(plan, progress)
@@ -241,7 +244,7 @@ def _attempts(
     for name, carriers in places.items():
         yield _replacing(checkpoint, projection, plan, name, carriers, count)
     if align is not None and plan.aligned:
-        yield _aligned(projection, plan, align, count)
+        yield _aligned(projection if aligned is None else aligned, plan, align, count)
 
 
 def _pooled(

@@ -9,11 +9,14 @@ The claim holds a digest of these tensors for every carrier, so the reference wa
 mark was claimed. It must be: somebody free to choose the order of the reference's channels
 afterwards could fit it to any key and any model.
 
-Only marks in closed form have such digests (`embed_checkpoint`). What the null rests on is that the
-key is independent of the tensors that are compared; the closed form leaves them as they were. They
-know of a mark that they were trained beside: each unit's output weights answer to its input
-weights, mark and all, so that matching by the former picks units that look marked. For a model
-that was trained with its mark, add one in closed form, with another key: `hf-watermark embed`.
+Only marks in closed form have such digests: those of `embed_checkpoint`, and seals. What the null
+rests on is that the key is independent of the tensors that are compared; the closed form leaves
+them as they were. They know of a mark that they were trained beside: each unit's output weights
+answer to its input weights, mark and all, so that matching by the former picks units that look
+marked. So a model that was trained with its mark gets a second one when training has ended, the
+seal, with a key that is derived anew every time (`WatermarkLoss.seal`); aligned readings look for
+it alone. A model that was trained without sealing can be given one in closed form, with another
+key: `hf-watermark embed`.
 """
 
 from __future__ import annotations

@@ -15,21 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_watermark.card import updated_card
-from hf_watermark.carriers import Carrier
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
-from hf_watermark.claims import locate_carriers, make_claim
+from hf_watermark.checkpoint import FolderFiles
 from hf_watermark.drafts import Drafts
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.errors import (
     AttachError,
     HubError,
     RevisionMissingError,
-    ShardedParameterError,
     WatermarkError,
 )
 from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
@@ -48,8 +44,6 @@ __all__ = ["WatermarkTrainer"]
 
 logger = logging.getLogger(__name__)
 
-_ROWS_TO_COMPARE = 4
-
 
 class WatermarkTrainer(Trainer):
     """A Trainer that embeds an ownership mark. It takes every argument of Trainer, and these.
@@ -59,6 +53,8 @@ class WatermarkTrainer(Trainer):
         watermark_scheme: None takes `Scheme()`: spread by projection, nothing to tune.
         watermark_carriers: Names of the parameters that carry the mark. None chooses. Names given
             here are kept out of the public claim; `claim` holds the owner's copy, to be saved.
+        watermark_seal: Whether the end of training adds the mark that disguised copies are read by
+            (`WatermarkLoss.seal`). Checkpoints on the way do not have it.
         watermark_teacher: A calibrated `SoftLabelWatermark` around another model. The training loss
             is then the cross-entropy against its soft labels, in place of the task's, so that the
             weights carry that mark too, for `verify_outputs` to find; labels are not needed. It is
@@ -79,6 +75,7 @@ class WatermarkTrainer(Trainer):
         watermark_key: OwnerKey,
         watermark_scheme: Scheme | None = None,
         watermark_carriers: Sequence[str] | None = None,
+        watermark_seal: bool = True,
         watermark_teacher: SoftLabelWatermark | None = None,
         distillation_temperature: float = 1.0,
         **kwargs: Any,
@@ -99,6 +96,7 @@ class WatermarkTrainer(Trainer):
         self._watermark_key = watermark_key
         self._watermark_scheme = watermark_scheme
         self._watermark_carriers = watermark_carriers
+        self._watermark_seal = watermark_seal
         self.claim: Claim | None = None
         self._drafts = Drafts()
         self._checkpoint: Path | None = None
@@ -209,6 +207,11 @@ class WatermarkTrainer(Trainer):
         self.watermark = self._new_watermark()
         self.watermark.steps = self.state.global_step
 
+    def _finish_marking(self) -> None:
+        self.watermark.project()
+        if self._watermark_seal:
+            self.watermark.seal()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.watermark.project()
         super()._save_checkpoint(model, trial)
@@ -225,7 +228,7 @@ class WatermarkTrainer(Trainer):
         self._drafts.note(before, self._card_bytes())
         folder = self._folder if output_dir is None else Path(output_dir)
         try:
-            self.claim = self._claim_about(folder, state_dict or {})
+            self.claim = self.watermark.claim(folder, state_dict)
         except WatermarkError as error:
             # A model without its claim can be claimed later; a training run cannot be repeated.
             self.claim = None
@@ -233,29 +236,6 @@ class WatermarkTrainer(Trainer):
             warnings.warn(f"No claim was written to {folder}: {error}", stacklevel=2)
             return
         write_file(folder / CLAIM_FILE, self.claim.public.to_bytes())
-
-    def _claim_about(self, folder: Path, gathered: Mapping[str, Any]) -> Claim:
-        carriers = self.watermark.carriers
-        # Sharded weights come gathered, and only here: the other processes are not asked again.
-        if all(carrier.name in gathered for carrier in carriers):
-            weights = [gathered[carrier.name] for carrier in carriers]
-        elif self.watermark.is_sharded:
-            raise ShardedParameterError(
-                "The carriers are sharded and not in what is saved",
-                do="save whole models (FULL_STATE_DICT), then run hf-watermark embed on the folder",
-            )
-        else:
-            weights = self.watermark.weights()
-        checkpoint = Checkpoint.open(FolderFiles(folder))
-        rows = [_first_rows(carrier, w) for carrier, w in zip(carriers, weights, strict=True)]
-        names = locate_carriers(checkpoint, carriers, rows)
-        return make_claim(
-            checkpoint,
-            self._watermark_key,
-            self.watermark.scheme,
-            names,
-            secret_carriers=self.watermark.secret_carriers,
-        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._checkpoint = Path(checkpoint_folder)
@@ -405,14 +385,9 @@ class _Marking(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.watermark.project()
+        self._trainer._finish_marking()
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer._copy_claim()
-
-
-def _first_rows(carrier: Carrier, weight: Tensor) -> Any:
-    rows = weight[:_ROWS_TO_COMPARE].detach().reshape(-1, carrier.columns)
-    return rows.to(torch.float32).cpu().numpy()

@@ -97,8 +97,9 @@ def verify_hub_model(
             reordered, scaled, negated, added; a residual stream rotated) when the raw reading
             fails. The suspect is compared with the owner's original, read by range where `claim`
             lies: his repo or folder, or that of the claim's file; its mark must have been made in
-            closed form. Otherwise, and for families without an aligned reading, the raw weights
-            alone are read, and the notes say so.
+            closed form, or sealed when training had ended. Otherwise, for families without an
+            aligned reading, and for recipients of sealed models, the raw weights alone are read,
+            and the notes say so.
         read: `auto` stops once the corrected p-value passes alpha; `all` reads every carrier.
         token: For private and gated repos; None takes the one huggingface_hub knows.
         progress: Called with weights read and weights planned.
@@ -200,7 +201,7 @@ def verify(
             commit = background.submit(_committed_at, found)
             aligner, why_not = None, ""
             if align == "auto":
-                aligner, why_not = _aligner(checkpoint, found, claim)
+                aligner, why_not = _aligner(checkpoint, reader, found, claim)
                 original = None if aligner is None else aligner.files
             outcome, note = _read(checkpoint, reader, found, alpha, read, progress, aligner)
             common |= outcome
@@ -310,6 +311,7 @@ def _committed_at(found: FoundClaim | None) -> str | None:
 
 def _aligner(
     checkpoint: Checkpoint,
+    reader: OwnerKey,
     found: FoundClaim | None,
     given: Claim | str | os.PathLike[str] | None,
 ) -> tuple[Aligner | None, str]:
@@ -327,8 +329,11 @@ def _aligner(
     if not any(claimed.reference for claimed in found.claim.carriers):
         return None, (
             f"{only}the claim fixes nothing to compare disguised weights with, as a mark that was "
-            "trained cannot; one in closed form can (hf-watermark embed, with another key)."
+            "trained and not sealed cannot; one in closed form can (hf-watermark embed, with "
+            "another key)."
         )
+    if found.claim.seal is not None and not found.claim.commits_to(reader):
+        return None, f"{only}the original was trained with its mark, and the seal is its owner's."
     return Aligner(original, found.claim, checkpoint, layouts), ""
 
 
@@ -350,7 +355,13 @@ def _read(
     plan = Plan.make(carriers, shapes, progressive=progressive, aligned=aligned)
     projection = Projection(key, scheme, carriers)
     align = None if aligner is None else aligner.carrier
-    finding = read_suspect(checkpoint, projection, plan, alpha, progress, align)
+    seal = None if found is None else found.claim.seal
+    sealed = None
+    if seal is not None:
+        sealed = Projection(key.sealed(seal.nonce), Scheme.from_name(seal.scheme), carriers)
+    finding = read_suspect(checkpoint, projection, plan, alpha, progress, align, sealed)
+    if seal is not None and finding.how.startswith("aligned"):
+        scheme = Scheme.from_name(seal.scheme)
     return {
         "verdict": "found" if finding.log10_p <= math.log10(alpha) else "not found",
         "log10_p": finding.log10_p,

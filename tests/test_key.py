@@ -201,6 +201,7 @@ def test_identity_from_hashlib_and_cryptography_alone(secret):
     assert key.commitment == hashlib.sha3_256(committed).hexdigest()
     assert key.sign(b"any") == signer.sign(b"any").hex()
     assert key.for_recipient("r") == OwnerKey(shake("recipient/r", secret, 32))
+    assert key.sealed("0" * 32) == OwnerKey(shake(f"seal/{'0' * 32}", secret, 32))
 
 
 def test_signature_fits_the_message_and_no_other():
@@ -223,8 +224,10 @@ def test_different_labels_and_keys_give_different_streams(secret, label, other):
 def test_recipients_differ_from_the_owner_and_from_each_other():
     keys = [KEY, *(KEY.for_recipient(name) for name in ("a", "b", "a/b", "a ", "A"))]
     keys.append(KEY.for_recipient("a").for_recipient("b"))
-    assert len({key.commitment for key in keys}) == len({key.public_key for key in keys}) == 7
-    assert len(set(keys)) == 7
+    keys += [KEY.sealed("0" * 32), KEY.sealed("1" * 32), KEY.for_recipient("a").sealed("0" * 32)]
+    keys += [KEY.for_recipient("0" * 32), KEY.for_recipient("seal/" + "0" * 32)]
+    assert len({key.commitment for key in keys}) == len({key.public_key for key in keys}) == 12
+    assert len(set(keys)) == 12
     assert KEY.for_recipient("a") == KEY.for_recipient("a")
 
 
@@ -695,6 +698,7 @@ def test_no_attributes_to_look_at_or_to_add():
         "owner",
         "public_key",
         "save",
+        "sealed",
         "sign",
         "stream",
     ]

@@ -145,7 +145,14 @@ def arguments(folder: Path, **changes) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **changes})
 
 
-def trained(folder: Path, model: nn.Module, scheme: Scheme | None = PROJECTION, **changes):
+def trained(
+    folder: Path,
+    model: nn.Module,
+    scheme: Scheme | None = PROJECTION,
+    *,
+    seal: bool = True,
+    **changes,
+):
     """A WatermarkTrainer that has trained."""
     trainer = WatermarkTrainer(
         model=model,
@@ -154,6 +161,7 @@ def trained(folder: Path, model: nn.Module, scheme: Scheme | None = PROJECTION, 
         eval_dataset=Images(12),
         watermark_key=KEY,
         watermark_scheme=scheme,
+        watermark_seal=seal,
     )
     trainer.train()
     return trainer
@@ -606,7 +614,7 @@ class TestCheckpoints:
         ids=["steps", "epoch"],
     )
     def test_claim_and_plain_loading(self, tmp_path, make, changes, steps):
-        trainer = trained(tmp_path, make(), **changes)
+        trainer = trained(tmp_path, make(), seal=False, **changes)
         found = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
         assert found == steps
         for step in steps:
@@ -623,7 +631,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize("scheme", [PROJECTION, HINGE], ids=lambda s: s.name)
     def test_the_metrics_of_a_checkpoint_are_its_own(self, tmp_path, scheme):
         trainer = trained(
-            tmp_path, vit(), scheme,
+            tmp_path, vit(), scheme, seal=False,
             max_steps=9, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3,
             learning_rate=3e-3,
         )  # fmt: skip
@@ -704,7 +712,10 @@ class TestCheckpoints:
         trainer.train()
         assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
         best = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-4")
-        assert same(state_of(trainer.model), state_of(best))
+        carriers = {carrier.name for carrier in trainer.watermark.carriers}
+        assert carriers < state_of(best).keys()
+        for name, value in state_of(best).items():
+            assert torch.equal(value, state_of(trainer.model)[name]) is (name not in carriers)
         assert trainer.watermark.measure().margin >= 0.998 * trainer.watermark.projection.margin
         trainer.save_model()
         self.check(tmp_path)
@@ -950,7 +961,7 @@ class TestSecrets:
 
     def test_nothing_of_the_key_is_written_or_shown(self, tmp_path, capfd, every_log):
         """Files, logs at the lowest level, both streams, warnings, exceptions."""
-        said = []
+        said, keys = [], [KEY]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for i, scheme in enumerate((None, HINGE)):
@@ -960,6 +971,7 @@ class TestSecrets:
                     log_level="debug",
                 )  # fmt: skip
                 trainer.save_model()
+                keys.append(KEY.sealed(trainer.claim.seal.nonce))
                 trainer.create_model_card()
                 said += [repr(trainer.watermark), str(trainer.args), repr(trainer.state)]
                 said += [repr(vars(trainer)), repr(trainer.callback_handler.callbacks)]
@@ -975,12 +987,14 @@ class TestSecrets:
         said += [out, err, every_log.text]
         assert "Running training" in every_log.text
         assert "watermark_ber" in out
-        assert not traces_in("\n".join(said).encode())
+        told = "\n".join(said).encode()
+        assert not any(traces_in(told, key, key._secret) for key in keys)
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         names = {path.name for path in files}
         assert {"training_args.bin", "trainer_state.json", CLAIM_FILE, "README.md"} <= names
         for path in files:
-            assert not traces_in(path.read_bytes() + str(path).encode()), path
+            content = path.read_bytes() + str(path).encode()
+            assert not any(traces_in(content, key, key._secret) for key in keys), path
 
 
 SCRIPT = textwrap.dedent(

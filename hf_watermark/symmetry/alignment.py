@@ -87,7 +87,7 @@ class Alignment:
     of those tensors, it is independent of the aligned carrier too, and the statistics, which are
     exact for any weights that do not depend on the key, keep their distribution. What is taken
     from the suspect, carriers and all, does not matter to that. The reference must not have been
-    trained with the mark: then its other tensors know of it (see `references`).
+    trained with the mark that is read: then its other tensors know of it (see `references`).
 
     Args:
         reference: The owner's own checkpoint.
