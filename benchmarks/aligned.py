@@ -5,7 +5,8 @@ Small ResNets, ViTs and ConvNeXts learn scikit-learn's digits and are marked in 
 wrong keys read models that never saw any, random, trained, and trained from the very start of the
 owner's, all aligned with a trained reference. *Trained marks*: owners who trained with different
 keys read such models with their own, aligned: what training carries from the key into the tensors
-that are compared shows, and is why such marks have no aligned reading.
+that are compared shows, and is why such marks have no aligned reading. *Seals*: what the same
+owners read with the keys of their seals, which no training saw.
 
     python benchmarks/aligned.py --out benchmarks/results/aligned.json     # a quarter of an hour
     python benchmarks/aligned.py --keys 50 --owners 3                      # two minutes
@@ -32,6 +33,7 @@ from torch import nn
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark.direct import embed_checkpoint
 from hf_watermark.embedding import WatermarkLoss
+from hf_watermark.evidence import Seal
 from hf_watermark.extraction import Extraction
 from hf_watermark.projections import Projection
 
@@ -64,8 +66,8 @@ def train(
     rate: float,
     seed: int,
     key: OwnerKey | None = None,
-) -> None:
-    """AdamW on batches of 64; with the projected step of the mark, if there is a key."""
+) -> Seal | None:
+    """AdamW on batches of 64; with a key, the projected step of its mark, then a seal."""
     watermark = None if key is None else WatermarkLoss(model.train(), key, SCHEME)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     random = torch.Generator().manual_seed(seed)
@@ -80,7 +82,10 @@ def train(
             watermark.step()
     if watermark is not None:
         watermark.project()
+        seal = watermark.seal()
         watermark.release()
+        return seal
+    return None
 
 
 def saved(model: Any) -> Tensors:
@@ -188,14 +193,19 @@ def null(host: str, args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) 
                 extraction.add(i, 0, arrays[carrier.name])
             soft[k, number] = extraction.reading().soft
     own: dict[str, list[float]] = {"unrelated": [], "same start": []}
+    sealed: dict[str, list[float]] = {"unrelated": [], "same start": []}
     for number in range(args.owners):
         key = another_key(500_000 + number)
         model = new(host, 0)
-        train(model, x, y, steps=args.steps, rate=RATE, seed=0, key=key)
+        seal = train(model, x, y, steps=args.steps, rate=RATE, seed=0, key=key)
+        assert seal is not None
         reference = saved(model)
+        derived, scheme = key.sealed(seal.nonce), Scheme.from_name(seal.scheme)
         for place, suspect in enumerate(suspects[:6]):
-            soft_one = reading(reference, aligned(reference, suspect), key, SCHEME).soft
-            own["same start" if place % 3 == 2 else "unrelated"].append(soft_one)
+            kind = "same start" if place % 3 == 2 else "unrelated"
+            arrays = aligned(reference, suspect)
+            own[kind].append(reading(reference, arrays, key, SCHEME).soft)
+            sealed[kind].append(reading(reference, arrays, derived, scheme).soft)
     row = {
         "host": host,
         "keys": args.keys,
@@ -204,6 +214,7 @@ def null(host: str, args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) 
         "smallest_ks_p_of_a_model": min(kstest(column, "norm").pvalue for column in soft.T),
         "owners": args.owners,
         "trained_marks_own_keys": {k: summary(np.array(v)) for k, v in own.items() if v},
+        "seals_own_keys": {k: summary(np.array(v)) for k, v in sealed.items() if v},
     }
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row

@@ -1,9 +1,9 @@
 """What survives of the demo's marks: the quick suite on the demo's model.
 
-The demo's small ViT is fine-tuned on scikit-learn's digits with its mark, as `hf-watermark demo`
-does it, and beside the trained mark gets another in closed form, with another key, as the README
-advises whoever wants disguises undone. Both keys face the same attacks on the same model. The
-attacker has all images that the owner fine-tuned on, and the learning rate.
+The demo's small ViT is fine-tuned on scikit-learn's digits with its mark, and sealed at the end, as
+`hf-watermark demo` does it; a copy gets another mark in closed form, with another key. Both keys
+face the same attacks. The attacker has all images that the owner fine-tuned on, and the learning
+rate.
 
     python benchmarks/stress_demo.py --out benchmarks/results/stress_demo.json   # ten minutes
     python benchmarks/stress_demo.py --suite full --seed 1

@@ -253,8 +253,8 @@ def stress_demo() -> str:
         f"{said['test_images']} images), one seed. The attacker has the "
         f"{said['attackers_images']} images that the owner fine-tuned on; fine-tuning at 1x is "
         f"{said['epochs']} epochs at the owner's own rate. The second mark was added in closed "
-        "form, with another key, to the model that was trained with the first; only such a mark "
-        f"has an aligned reading. The trained mark was removed by {removed[0]}; the one in closed "
+        "form, with another key, to the model that was trained with the first; aligned, the first "
+        f"is read by its seal. The trained mark was removed by {removed[0]}; the one in closed "
         f"form by {removed[1]} (`benchmarks/stress_demo.py`)."
     )
     if skipped:

@@ -27,6 +27,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark.embedding import WatermarkLoss
+from hf_watermark.extraction import Extraction
+from hf_watermark.projections import Projection
 
 KEY = OwnerKey(bytes(range(32)), owner="acme")
 LAYERS, BATCH, STEPS = 3, 16, 12
@@ -145,10 +147,21 @@ def run(scenario: str) -> dict[str, object]:
     measured, reading = watermark.measure(), watermark.read()
     shard = model.get_parameter("vit.layers.0.mlp.fc1.weight")
     local = tuple(shard.to_local().shape) if hasattr(shard, "to_local") else tuple(shard.shape)
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    seal = watermark.seal()
+    sealed = watermark.measure().margin
+    soft = None
+    if seal is not None:
+        key, carriers = KEY.sealed(seal.nonce), watermark.carriers
+        extraction = Extraction(Projection(key, Scheme.from_name(seal.scheme), carriers))
+        for i, weight in enumerate(watermark.weights()):
+            extraction.add(i, 0, weight.float().numpy())
+        soft = extraction.reading().soft
     watermark.detach()
     print(f"rank {rank} of {world}: {scenario}, holds {list(local)} of fc1", file=sys.stderr)
     return {
-        "weights": {n: whole(p) for n, p in model.named_parameters()},
+        "weights": weights,
+        "seal": (seal, soft, sealed),
         "carriers": [carrier.name for carrier in watermark.carriers],
         "logits": logits,
         "measured": measured,

@@ -56,6 +56,17 @@ def trained(folder: Path, processes: int, scenarios: list[str]) -> tuple[list[li
     return results, done.stderr
 
 
+def assert_sealed(ranks: list[dict], scenario: str) -> None:
+    """By one key in all processes, beside the mark."""
+    assert all(result["seal"] == ranks[0]["seal"] for result in ranks), scenario
+    seal, soft, margin = ranks[0]["seal"]
+    if "/both/" in scenario:  # nothing but carriers would tell which hidden unit is which
+        assert seal is None, scenario
+        return
+    assert soft > 9.0, scenario
+    assert margin >= (0.99 if "projection" in scenario else 0.8) * ranks[0]["measured"].margin
+
+
 def assert_same(alone: dict, other: dict, scenario: str) -> None:
     assert other["carriers"] == alone["carriers"], scenario
     assert other["bits"] == alone["bits"] == (32, 32), scenario
@@ -82,6 +93,7 @@ def test_two_processes_as_one(tmp_path):
     for scenario, ranks in zip(scenarios, results, strict=True):
         how, run = scenario.split("/", 1)
         rows = int(run.split("/", 1)[0])
+        assert_sealed(ranks, scenario)
         for rank, result in enumerate(ranks):
             assert_same(expected[run][0], result, scenario)
             held = rows if how == "ddp" else rows // 2 + rows % 2 * (1 - rank)
@@ -108,6 +120,7 @@ def test_zero_as_one_process(tmp_path):
     expected = dict(zip(runs, (one for (one,) in alone), strict=True))
     for scenario, ranks in zip(scenarios, results, strict=True):
         how, run = scenario.split("/", 1)
+        assert_sealed(ranks, scenario)
         for rank, result in enumerate(ranks):
             assert f"rank {rank} of 2: {scenario}" in said
             if how.endswith("bf16"):
