@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +61,7 @@ def main() -> None:
                 watermark.step()
                 optimizer.zero_grad()
         print(f"epoch {epoch}: loss {task_loss.item():.3f}, {watermark.measure()}")
+    watermark.seal()  # a second mark, for copies that are disguised
     watermark.detach()
 
     model.eval()
@@ -68,6 +70,8 @@ def main() -> None:
         reached = (model(pixel_values=images).logits.argmax(-1) == labels).float().mean().item()
     with tempfile.TemporaryDirectory() as folder:
         accelerator.unwrap_model(model).save_pretrained(folder)
+        claim = watermark.claim(folder)
+        (Path(folder) / "watermark.json").write_bytes(claim.public.to_bytes())
         evidence = verify_hub_model(folder, key)
     print(f"accuracy {reached:.1%}; {evidence.verdict}, log10 p {evidence.log10_p:.1f}")
     assert reached > 0.85, reached
