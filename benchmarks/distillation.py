@@ -50,6 +50,7 @@ from hf_watermark.softlabels.probes import Probes
 from hf_watermark.verify import verify_outputs
 
 MARGIN = {10: (0.12, 0.3), 2: (0.25, 0.3)}
+MARGIN_KEYS = 7400  # from here on: none that the settings or the readings were chosen on
 EPS = {10: 1.0, 2: 2.0}
 COUNTS = (200, 300, 500, 1000, 2000, 5000)
 CUSTOMERS = 1000
@@ -105,9 +106,8 @@ class Run:
         shown = data.seen(data.calibration[0]).cpu()
         self.served = SoftLabelWatermark(self.teacher, self.key, eps, options.features)
         self.served.calibrate(shown).eval()
-        margin = MARGIN[classes]
-        # Another key than above: what margin mode is read by was chosen on that one, and others.
-        firm_key = OwnerKey((7400 + seed).to_bytes(32, "big"))
+        margin = tuple(options.margin or MARGIN[classes])
+        firm_key = OwnerKey(((options.margin_keys or MARGIN_KEYS) + seed).to_bytes(32, "big"))
         self.firm = SoftLabelWatermark(self.teacher, firm_key, eps, MARGIN_FEATURES, margin)
         self.firm.calibrate(shown).eval()
 
@@ -506,6 +506,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--size", type=int, default=48, help="pixels that the models see")
     parser.add_argument("--eps", type=float, help="1, and 2 for two classes")
+    parser.add_argument("--margin", type=float, nargs=2, help="lambda and tau; has its own --cache")
+    parser.add_argument("--margin-keys", type=int, help="their first number, with --margin")
     parser.add_argument("--wrong", type=int, default=1000, help="wrong keys for every suspect")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="ResNet-18, 30 epochs, 128 pixels")
@@ -524,13 +526,14 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data = Data(options)
-    hidden = ("out", "cache", "threads", "device", "train_only")
+    hidden = {"out", "cache", "threads", "device", "train_only"}
+    hidden |= set() if options.margin_keys else {"margin_keys"}
     record: dict[str, Any] = {
         "question": "Does a student of marked answers carry the mark?",
         "settings": {k: v for k, v in vars(options).items() if k not in hidden}
         | {
             "eps": options.eps or EPS[options.classes],
-            "margin": MARGIN[options.classes],
+            "margin": options.margin or MARGIN[options.classes],
             "margin_features": MARGIN_FEATURES,
             "bank": list(BANK),
             "bank_in_margin_mode": [*BANK, LOGGED],

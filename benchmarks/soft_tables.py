@@ -30,7 +30,10 @@ def _text(*parts: str) -> str:
 
 
 def _each(values: Iterable[float], form: str = ".1f") -> str:
-    return ", ".join(format(value + 0, form) for value in values)
+    texts = (format(value, form) for value in values)
+    return ", ".join(
+        text.lstrip("-") if float(text.replace(",", "")) == 0 else text for text in texts
+    )
 
 
 def _of(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
