@@ -11,6 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _READ = "fresh"
+_PRICED = 10_000  # images that the price of margin mode is measured on
 _TEST = 5000  # images that the accuracy of `distillation.py`'s students is measured on
 
 
@@ -187,7 +188,7 @@ def margin() -> str:
     told = []
     for file in ("distillation", "distillation_two_classes"):
         record = _load(file)
-        costs = [seed["margin_distortion"] for seed in record["results"].values()]
+        costs = _prices_of(file)
         paid = [100 * (one["accuracy"][0] - one["accuracy"][1]) for one in costs]
         prices = [
             [100 * one for one in seed["margin_prices"]] for seed in record["results"].values()
@@ -200,14 +201,20 @@ def margin() -> str:
             f"(mean of {len(prices[0])} customers {_each(map(statistics.mean, prices), '.2f')}, "
             f"expected beforehand {_each(expected, '.2f')})"
         )
+    most = max(one["flips"] for one in _prices_of("distillation"))
     more = _text(
         "log10 p, both readings counted. Fresh: 5,000 images that nobody was asked about. Queries:",
         "all that the student's account asked. Features",
         f"{record['settings']['margin_features']}; among the references is one that learnt the",
         "clean model's labels of those queries.",
-        f"Price: {'; '.join(told)}.",
+        f"Price: {'; '.join(told)}. A measured price has a standard error of up to",
+        f"{100 * most**0.5 / _PRICED:.2f} points: so many top classes changed for one key.",
     )
     return f"{_table(head, rows)}\n\n{more}"
+
+
+def _prices_of(file: str) -> list[dict[str, Any]]:
+    return [seed["margin_distortion"] for seed in _load(file)["results"].values()]
 
 
 def erasures() -> str:
