@@ -189,7 +189,8 @@ def main() -> None:
         | {"rate": RATE, "probes": PROBES},
         "results": {},
     }
-    vars(options).update(classes=10, features="H", teacher="resnet", eps=None)
+    more = {"eps": None, "margin": None, "margin_keys": None}
+    vars(options).update(classes=10, features="H", teacher="resnet", **more)
     if options.out is not None and options.out.exists():  # go on from there
         before = json.loads(options.out.read_text())
         if before["settings"] == record["settings"]:
