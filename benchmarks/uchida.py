@@ -41,6 +41,7 @@ from hf_watermark.errors import ModelTooSmallError
 
 PARTS = ("matrices", "pruning", "situations", "tuning", "capacity")
 MATRICES = ("direct", "diff", "random")
+LONG = "random, long"
 GROUPS = ("conv2", "conv3", "conv4")
 BATCH, RATE, MOMENTUM, DECAY = 64, 0.1, 0.9, 5e-4
 DROPS, FACTOR = (0.3, 0.6, 0.8), 0.2  # the paper: after 60, 120 and 160 of 200 epochs
@@ -249,7 +250,7 @@ class Bench:
 
     @property
     def few(self) -> int:
-        """Epochs of fine-tuning."""
+        """Epochs of fine-tuning without the key."""
         return max(1, self.options.epochs // 4)
 
     def scratch(self, name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -261,9 +262,17 @@ class Bench:
         """The unmarked host."""
         return self.scratch("none")
 
-    def marked(self, matrix: str) -> tuple[nn.Module, dict[str, Any]]:
-        """The host with the paper's mark."""
-        return self.scratch(matrix, marked={"matrix": matrix})
+    def marked(self, name: str) -> tuple[nn.Module, dict[str, Any]]:
+        """The host with the paper's mark: of a key matrix, or `random` trained for longer."""
+        if name != LONG:
+            return self.scratch(name, marked={"matrix": name})
+        epochs = self.options.long
+        return self.scratch(f"random-{epochs}-epochs", marked={"matrix": "random"}, epochs=epochs)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The marked hosts that are compared."""
+        return MATRICES if self.options.long is None else (*MATRICES, LONG)
 
     def read(self, model: nn.Module, **marked: Any) -> dict[str, float]:
         """The mark of a model that was trained without it, or attacked."""
@@ -277,32 +286,26 @@ def matrices(bench: Bench) -> dict[str, Any]:
     """Test error and embedding loss by key matrix; the unmarked model is read with the key, too."""
     model, row = bench.plain()
     rows = {"none": {**row, "read_as": {m: bench.read(model, matrix=m) for m in MATRICES}}}
-    return rows | {matrix: bench.marked(matrix)[1] for matrix in MATRICES}
+    return rows | {host: bench.marked(host)[1] for host in bench.hosts}
 
 
 def situations(bench: Bench) -> dict[str, Any]:
-    """From scratch, fine-tuning, distilling: without the mark and with it."""
+    """From scratch, fine-tuning, distilling: without the mark and with it, the same schedule."""
     teacher, without = bench.plain()
-    rows = {"from scratch": {"without": without, "with": bench.marked("random")[1]}}
+    rows = {"from scratch": {"with": bench.marked("random")[1], "without": without}}
     taught = bench.data[0], logits_of(teacher, bench.data[0]).softmax(-1)
-    for situation, how in {
-        "fine-tuning": {
-            "start": lambda: copy.deepcopy(teacher),
-            "data": bench.data,
-            "epochs": bench.few,
-        },
-        "distilling": {
-            "start": lambda: fresh(bench.seed + 1, bench.device),
-            "data": taught,
-            "epochs": bench.options.distil_epochs,
-        },
-    }.items():
-        rows[situation] = {
-            label: bench.trained(
-                f"{situation}-{label}-{how['epochs']}-epochs", marked=marked, **how
+    others: dict[str, dict[str, Any]] = {
+        "fine-tuning": {"start": lambda: copy.deepcopy(teacher), "data": bench.data},
+        "distilling": {"start": lambda: fresh(bench.seed + 1, bench.device), "data": taught},
+    }
+    rows |= {situation: {} for situation in others}
+    for label, marked in (("with", {}), ("without", None)):
+        if marked is None and not bench.options.twins:
+            break
+        for situation, how in others.items():
+            rows[situation][label] = bench.trained(
+                f"{situation}-{label}", epochs=bench.options.epochs, marked=marked, **how
             )[1]
-            for label, marked in (("without", None), ("with", {}))
-        }
     return rows
 
 
@@ -346,17 +349,29 @@ def pruned(model: nn.Module, how: str, percent: int, seed: int) -> nn.Module:
 def pruning(bench: Bench) -> dict[str, Any]:
     """BER and accuracy against the share of weights that is set to zero."""
     rows: dict[str, Any] = {}
-    for matrix in MATRICES:
-        model, _ = bench.marked(matrix)
-        rows[matrix] = {}
-        for how in ("embedded layer", "embedded layer, at random", "every layer"):
-            rows[matrix][how] = []
-            for percent in RATES:
-                attacked = pruned(model, how, percent, bench.seed)
-                found = {"percent": percent, **bench.read(attacked, matrix=matrix)}
-                if matrix == "random":
-                    found["test_error"] = test_error(attacked, bench.test)
-                rows[matrix][how].append(found)
+    for host in bench.hosts:
+        path = (
+            bench.folder
+            / f"pruning {host} {bench.options.long if host == LONG else bench.options.epochs}.json"
+        )
+        if not path.exists():
+            path.write_text(json.dumps(_pruning_of(bench, host)))
+        rows[host] = json.loads(path.read_text())
+    return rows
+
+
+def _pruning_of(bench: Bench, host: str) -> dict[str, Any]:
+    model, _ = bench.marked(host)
+    matrix = host.split(",")[0]
+    rows: dict[str, Any] = {}
+    for how in ("embedded layer", "embedded layer, at random", "every layer"):
+        rows[how] = []
+        for percent in RATES:
+            attacked = pruned(model, how, percent, bench.seed)
+            found = {"percent": percent, **bench.read(attacked, matrix=matrix)}
+            if matrix == "random":
+                found["test_error"] = test_error(attacked, bench.test)
+            rows[how].append(found)
     return rows
 
 
@@ -384,9 +399,11 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=5_000)
     parser.add_argument("--test", type=int, default=2_000)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--long", type=int, help="epochs of a further `random`; none if not said")
+    parser.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True,
+                        help="unmarked ones in the situations, too")  # fmt: skip
     parser.add_argument("--size", type=int, default=16, help="side of the images in pixels")
     parser.add_argument("--full", action="store_true", help=f"the paper's size: {FULL}")
-    parser.add_argument("--distil-epochs", type=int, help="as many as --epochs if not said")
     parser.add_argument("--capacity-share", type=float, help="of the epochs; 0.25, or 1 if --full")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=0)
@@ -399,11 +416,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.full:
         vars(options).update(FULL)
-    if options.distil_epochs is None:
-        options.distil_epochs = options.epochs
     if options.capacity_share is None:
         options.capacity_share = 1.0 if options.full else 0.25
-    hidden = ("out", "cache", "threads", "full", "parts")
+    hidden = ("out", "cache", "threads", "full", "parts", "twins")
     record: dict[str, Any] = {
         "question": "Does Uchida et al. 2017 come out as published, in this library's terms?",
         "settings": {

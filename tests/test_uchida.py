@@ -75,7 +75,7 @@ def test_the_record_has_the_whole_mark_after_the_papers_pruning():
     found = record("uchida")
     (row,) = (
         row
-        for row in found["results"]["pruning"]["random"]["embedded layer"]
+        for row in found["results"]["pruning"]["random, long"]["embedded layer"]
         if row["percent"] == found["paper"]["pruned_without_an_error"]
     )
     assert row["ber"] == 0.0
