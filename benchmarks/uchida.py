@@ -1,7 +1,7 @@
 """The paper, reproduced: Uchida et al. 2017 on a wide residual network, in this library's terms.
 
 WRN-10-4 on CIFAR-10, T bits in the second convolution of a group, SGD with Nesterov's momentum,
-lambda .01: sections 4 and 5 of Uchida, Nagai, Sakazawa, Satoh, "Embedding Watermarks into Deep
+lambda .01: the experiments of Uchida, Nagai, Sakazawa, Satoh, "Embedding Watermarks into Deep
 Neural Networks", ICMR 2017 (extended: Nagai et al., IJMIR 2018). Every mark is a `WatermarkLoss`
 with `Scheme(statistic="mean", embedding="bce")`: lambda times the cross entropy *summed* over bits,
 as in the authors' code, on z = X w with w the mean over output channels.
@@ -14,7 +14,7 @@ as in the authors' code, on z = X w with w the mean over output channels.
 
 Every trained model is kept in --cache, so that an interrupted run goes on.
 
-    python benchmarks/uchida.py --cache build/uchida --out benchmarks/results/uchida.json
+    python benchmarks/uchida.py --long 24 --out benchmarks/results/uchida.json
     python benchmarks/uchida.py --train 640 --epochs 1 --test 200 --parts matrices pruning # a look
     python benchmarks/uchida.py --full --device cuda --out uchida_full.json     # the paper's size
 """
@@ -396,8 +396,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", type=int, default=5_000)
-    parser.add_argument("--test", type=int, default=2_000)
+    parser.add_argument("--train", type=int, default=3_000)
+    parser.add_argument("--test", type=int, default=1_000)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--long", type=int, help="epochs of a further `random`; none if not said")
     parser.add_argument("--twins", action=argparse.BooleanOptionalAction, default=True,
