@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/softlabels.md from the files that hold them.
+"""Write the figures of README.md and of the pages in docs from the files that hold them.
 
 python benchmarks/tables.py            # rewrite them, and the pictures
 python benchmarks/tables.py --check    # exit status 1 if they are not up to date
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import soft_tables
+import uchida_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -300,7 +301,7 @@ def transcript(name: str) -> str:
     return f"```text\n{text}\n```"
 
 
-PAGES = ("README.md", "docs/softlabels.md")
+PAGES = ("README.md", "docs/softlabels.md", "docs/uchida.md")
 SECTIONS = {
     "demo": lambda: transcript("demo"),
     "verify": lambda: transcript("verify"),
@@ -313,6 +314,7 @@ SECTIONS = {
     "verify_cost": verify_cost,
     "tracing": tracing,
     **soft_tables.SECTIONS,
+    **uchida_tables.SECTIONS,
 }
 _MARKED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
 
@@ -338,6 +340,7 @@ def main() -> None:
     for name, page in new.items():
         (ROOT / name).write_text(page)
     soft_tables.pictures(ROOT / "docs")
+    uchida_tables.pictures(ROOT / "docs")
 
 
 if __name__ == "__main__":
