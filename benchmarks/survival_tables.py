@@ -31,7 +31,8 @@ _KEY = (
     "Each figure is the worst log10 p, corrected for all tries: the mark counts as found at "
     "{alpha:g} or less. † k/n: removed in k of n runs, that is not found while accuracy fell by "
     "less than five points. ‡ k/n: not found, with the accuracy gone too. Points lost: smallest "
-    "to largest over all runs of the row, negative where accuracy rose."
+    "to largest over all runs of the row, negative where accuracy rose. Aligned: the disguise was "
+    "undone before reading. What is empty was not run."
 )
 
 
@@ -95,15 +96,32 @@ class Grid:
         names = self.record["attacks"]
         return [n for n in names if any(self.cells(n, s, hosts) for s in self.schemes)]
 
-    def removers(self, scheme: str, hosts: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """The attacks that removed a scheme's mark: in how many of how many runs."""
+    def skipped(self, host: str) -> list[str]:
+        """The attacks that a host has nothing for."""
+        cells = [row["cells"] for (h, _, _), row in self.runs.items() if h == host]
+        return [
+            name
+            for name in self.record["attacks"]
+            if any(found.get(name, {}).get("status") == "not applicable" for found in cells)
+        ]
+
+    def failures(
+        self, scheme: str, hosts: Iterable[str], *, removed: bool
+    ) -> dict[str, tuple[int, int]]:
+        """The attacks after which a scheme's mark was not found: in how many of how many runs.
+
+        Args:
+            scheme: Whose.
+            hosts: On these.
+            removed: Those that left the accuracy, or those that took it too.
+        """
         hosts = list(hosts)
         counts = {}
         for name in self.attacks(hosts):
             cells = self.cells(name, scheme, hosts)
-            removed = sum(cell["removed"] for cell in cells)
-            if removed:
-                counts[name] = (removed, len(cells))
+            failed = sum(not cell["found"] and cell["removed"] is removed for cell in cells)
+            if failed:
+                counts[name] = (failed, len(cells))
         return counts
 
 
@@ -166,12 +184,12 @@ def _survival(grid: Grid) -> str:
         )
         rows = [_row(grid, name, schemes, [host]) for name in grid.attacks([host])]
         head = ("attack", "points lost", *(SCHEMES[scheme] for scheme in schemes))
-        skipped = [name for name in grid.record["attacks"] if name not in grid.attacks([host])]
         notes = [f"Models: {counts}."]
+        skipped = grid.skipped(host)
         if skipped:
             notes.append(f"Not applicable to this host: {', '.join(skipped)}.")
-        notes += [_removed_by(grid, scheme, [host]) for scheme in schemes]
-        parts += [f"### {HOSTS[host]}", _table(head, rows), _text(*notes)]
+        listed = [_failures(grid, scheme, [host]) for scheme in schemes]
+        parts += [f"### {HOSTS[host]}", _table(head, rows), _text(*notes), "\n".join(listed)]
     return "\n\n".join([_text(_conditions(grid), _key(grid)), *parts])
 
 
@@ -196,7 +214,7 @@ def _short(grid: Grid) -> str:
         [
             _table(head, rows),
             _text(*notes),
-            _text(*(_removed_by(grid, scheme, hosts) for scheme in schemes)),
+            "\n".join(_failures(grid, scheme, hosts) for scheme in schemes),
         ]
     )
 
@@ -248,14 +266,19 @@ def _key(grid: Grid) -> str:
     return _KEY.format(alpha=grid.record["settings"]["alpha"])
 
 
-def _removed_by(grid: Grid, scheme: str, hosts: list[str]) -> str:
-    removers = grid.removers(scheme, hosts)
-    names = ", ".join(f"{name} ({k} of {n})" for name, (k, n) in removers.items())
-    lost = [model for model in grid.models(scheme, hosts) if not model["found"]]
-    text = f"{SCHEMES[scheme][0].upper()}{SCHEMES[scheme][1:]}: removed by {names or 'nothing'}."
-    if lost:
-        text += f" Not there before any attack in {len(lost)} runs, which are left out."
-    return text
+def _failures(grid: Grid, scheme: str, hosts: list[str]) -> str:
+    """Everything that took a scheme's mark away, as an item of a list."""
+    names = []
+    for removed in (True, False):
+        failures = grid.failures(scheme, hosts, removed=removed).items()
+        told = (name if k == n else f"{name} ({k} of {n} runs)" for name, (k, n) in failures)
+        names.append(", ".join(told))
+    text = f"- {SCHEMES[scheme]}: removed by {names[0] or 'nothing'}"
+    text += f"; lost with the accuracy to {names[1]}." if names[1] else "."
+    absent = sum(not model["found"] for model in grid.models(scheme, hosts))
+    if absent:
+        text += f" Not there before any attack in {absent} runs, which are left out."
+    return textwrap.fill(text, 98, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _up(log10_p: float) -> str:

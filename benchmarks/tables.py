@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/softlabels.md from the files that hold them.
+"""Write the figures of README.md and of pages in docs from the files that hold them.
 
 python benchmarks/tables.py            # rewrite them, and the pictures
 python benchmarks/tables.py --check    # exit status 1 if they are not up to date
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import soft_tables
+import survival_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -276,7 +277,7 @@ def transcript(name: str) -> str:
     return f"```text\n{text}\n```"
 
 
-PAGES = ("README.md", "docs/softlabels.md")
+PAGES = ("README.md", "docs/softlabels.md", "docs/survival.md")
 SECTIONS = {
     "demo": lambda: transcript("demo"),
     "verify": lambda: transcript("verify"),
@@ -287,6 +288,7 @@ SECTIONS = {
     "stress_demo": stress_demo,
     "verify_cost": verify_cost,
     "tracing": tracing,
+    **survival_tables.SECTIONS,
     **soft_tables.SECTIONS,
 }
 _MARKED = re.compile(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", re.DOTALL)
@@ -312,6 +314,7 @@ def main() -> None:
         sys.exit(int(old != new))
     for name, page in new.items():
         (ROOT / name).write_text(page)
+    survival_tables.pictures(ROOT / "docs")
     soft_tables.pictures(ROOT / "docs")
 
 

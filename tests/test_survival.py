@@ -56,7 +56,7 @@ def test_a_run_goes_on_and_is_shown(run, tmp_path, monkeypatch):
         run("--test-images", "41")
     page = (tmp_path / "page" / "survival.md").read_text()
     assert "| permutation | +0.0 | 0.0 † 1/1 | -" in page
-    assert "Spread, closed form: removed by nothing." in page
+    assert "- spread, closed form: removed by nothing." in page
     assert (tmp_path / "page" / "survival.png").stat().st_size > 10_000
 
 
