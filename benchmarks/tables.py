@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import soft_tables
+import survival_tables
 import uchida_tables
 
 ROOT = Path(__file__).parent.parent
@@ -301,7 +302,7 @@ def transcript(name: str) -> str:
     return f"```text\n{text}\n```"
 
 
-PAGES = ("README.md", "docs/softlabels.md", "docs/uchida.md")
+PAGES = ("README.md", "docs/softlabels.md", "docs/survival.md", "docs/uchida.md")
 SECTIONS = {
     "demo": lambda: transcript("demo"),
     "verify": lambda: transcript("verify"),
@@ -313,6 +314,7 @@ SECTIONS = {
     "aligned": aligned,
     "verify_cost": verify_cost,
     "tracing": tracing,
+    **survival_tables.SECTIONS,
     **soft_tables.SECTIONS,
     **uchida_tables.SECTIONS,
 }
@@ -339,6 +341,7 @@ def main() -> None:
         sys.exit(int(old != new))
     for name, page in new.items():
         (ROOT / name).write_text(page)
+    survival_tables.pictures(ROOT / "docs")
     soft_tables.pictures(ROOT / "docs")
     uchida_tables.pictures(ROOT / "docs")
 

@@ -65,6 +65,7 @@ def disguised(disguise: Disguise) -> Change:
             config = config | _width_of(changed, tensors, config)
             (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
             other = type(model).from_pretrained(folder, attn_implementation="eager").float().eval()
+        other.to(model.device)
         _check(model, other, means)
         return other
 

@@ -48,8 +48,8 @@ class Examples:
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""
-        found = hashlib.sha256(self.images.contiguous().numpy().tobytes())
-        found.update(self.labels.contiguous().numpy().tobytes())
+        found = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
+        found.update(self.labels.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
 

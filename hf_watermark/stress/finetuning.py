@@ -60,7 +60,7 @@ def adversarially_trained(epsilon: float) -> Change:
 
 def fresh(model: Any) -> Any:
     """A model of the same configuration with new weights."""
-    return type(model)(model.config)
+    return type(model)(model.config).to(model.device)
 
 
 def distilled(model: Any, means: Means) -> Any:

@@ -71,7 +71,7 @@ def low_rank_merged(rank: int, rate: float = 10.0) -> Change:
         model.requires_grad_(False)
         last.requires_grad_(True)
         for layer in layers:
-            adapter = _LowRank(layer.weight.detach(), rank)
+            adapter = _LowRank(layer.weight.detach(), rank).to(model.device)
             parametrize.register_parametrization(layer, "weight", adapter)
         train(model, means, Recipe(rate))
         for layer in layers:

@@ -49,7 +49,7 @@ def overwritten(times: float, keys: int = 1) -> Change:
             for i, weight in enumerate(weights.values()):
                 rows = as_rows(weight)
                 u = torch.from_numpy(projection.row_signs(i) * projection.message_signs).float()
-                mark: Tensor = u @ torch.from_numpy(projection.x(i)).float()
+                mark: Tensor = (u @ torch.from_numpy(projection.x(i)).float()).to(rows.device)
                 size = rows.norm()
                 marked = rows + mark * (times * distortion * size / mark.norm())
                 fill(weight, marked * (size / marked.norm()))

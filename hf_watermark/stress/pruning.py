@@ -95,7 +95,7 @@ def fine_pruned(share: float, *, then: Recipe | None = None) -> Change:
 def _kept(sizes: Tensor, share: float) -> Tensor:
     """Which stay: all but the round(share n) smallest."""
     order = sizes.abs().flatten().argsort(stable=True)
-    kept = torch.ones(len(order), dtype=torch.bool)
+    kept = torch.ones(len(order), dtype=torch.bool, device=order.device)
     kept[order[: round(share * len(order))]] = False
     return kept.reshape(sizes.shape)
 

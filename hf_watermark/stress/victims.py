@@ -69,7 +69,7 @@ class Victim:
         found = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             found.update(name.encode())
-            found.update(tensor.contiguous().numpy().tobytes())
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
     def pixel_values(self, pictures: list[Image]) -> Tensor:
