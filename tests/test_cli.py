@@ -346,8 +346,8 @@ class TestUsage:
 
     def test_interrupted(self, place):
         code = (
-            "import os, signal, hf_watermark.verify as v;"
-            "v.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT);"
+            "import signal, time, hf_watermark.verify as v;"
+            "v.verify = lambda *a, **k: (signal.raise_signal(signal.SIGINT), time.sleep(5));"
             "from hf_watermark.cli import verify_hub_model; verify_hub_model()"
         )
         done = run(program=[sys.executable, "-c", code, "own", "--key", "acme.key"], cwd=place)
