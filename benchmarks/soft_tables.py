@@ -11,7 +11,6 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 _READ = "fresh"
-_PRICED = 10_000  # images that the price of margin mode is measured on
 _TEST = 5000  # images that the accuracy of `distillation.py`'s students is measured on
 
 
@@ -185,36 +184,38 @@ def margin() -> str:
         )
     head = ("student", "accuracy, %", "fresh images, soft", "fresh, labels")
     head += ("its own queries, soft", "queries, labels")
-    told = []
-    for file in ("distillation", "distillation_two_classes"):
-        record = _load(file)
-        costs = _prices_of(file)
-        paid = [100 * (one["accuracy"][0] - one["accuracy"][1]) for one in costs]
-        prices = [
-            [100 * one for one in seed["margin_prices"]] for seed in record["results"].values()
-        ]
-        expected = [100 * seed["margin_expected_price"] for seed in record["results"].values()]
-        told.append(
-            f"{record['settings']['classes']} classes, margin="
-            f"({', '.join(f'{one:g}' for one in record['settings']['margin'])}): "
-            f"{_each(paid, '.2f')} points of the teacher's accuracy on 10,000 test images "
-            f"(mean of {len(prices[0])} customers {_each(map(statistics.mean, prices), '.2f')}, "
-            f"expected beforehand {_each(expected, '.2f')})"
-        )
-    most = max(one["flips"] for one in _prices_of("distillation"))
+    settings = _load("distillation")["settings"]
     more = _text(
         "log10 p, both readings counted. Fresh: 5,000 images that nobody was asked about. Queries:",
-        "all that the student's account asked. Features",
-        f"{record['settings']['margin_features']}; among the references is one that learnt the",
-        "clean model's labels of those queries.",
-        f"Price: {'; '.join(told)}. A measured price has a standard error of up to",
-        f"{100 * most**0.5 / _PRICED:.2f} points: so many top classes changed for one key.",
+        f"all that the student's account asked. Features {settings['margin_features']}; among the",
+        "references is one that learnt the clean model's labels of those queries.",
+        _price(),
     )
     return f"{_table(head, rows)}\n\n{more}"
 
 
-def _prices_of(file: str) -> list[dict[str, Any]]:
-    return [seed["margin_distortion"] for seed in _load(file)["results"].values()]
+def _price() -> str:
+    """What margin mode costs the teachers."""
+    record, two = _load("price"), _load("distillation_two_classes")
+    found = list(record["results"].values())
+    paid = [one["margin_distortion"]["accuracy"] for one in two["results"].values()]
+    expected = [100 * one["margin_expected_price"] for one in two["results"].values()]
+
+    def each(name: str) -> str:
+        return _each((one[name] for one in found), ".2f")
+
+    def settings(record: dict[str, Any]) -> str:
+        return f"margin=({', '.join(f'{one:g}' for one in record['settings']['margin'])})"
+
+    return (
+        f"Price, in points of the teacher's accuracy: 10 classes, {settings(record)}, on the "
+        f"{found[0]['images']:,} images that the teacher did not learn from, {each('own')} for the "
+        f"owner's key (standard errors {each('own_standard_error')}), {each('customers_mean')} in "
+        f"the mean over {record['settings']['customers']} customers' "
+        f"({each('customers_standard_error')}), {each('expected')} as expected beforehand "
+        f"(`benchmarks/price.py`); 2 classes, {settings(two)}, on 10,000 test images, "
+        f"{_each((100 * (a - b) for a, b in paid), '.2f')}, expected {_each(expected, '.2f')}."
+    )
 
 
 def erasures() -> str:
