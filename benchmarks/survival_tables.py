@@ -145,7 +145,7 @@ SECTIONS = {"survival_before": before, "survival": survival, "survival_short": s
 
 def _before(grid: Grid) -> str:
     head = ("host", "scheme", "runs", "accuracy, %", "unmarked twins, %", "BER", "log10 p")
-    head += ("of the twins", "seconds")
+    head += ("of the twins",)
     rows = []
     for host in grid.hosts:
         for scheme in grid.schemes:
@@ -160,7 +160,6 @@ def _before(grid: Grid) -> str:
                     f"{max(one['ber'] for one in models):g}",
                     f"{_up(max(one['log10_p'] for one in models))}",
                     f"{_up(min(one['twin_log10_p'] for one in models))}",
-                    f"{sum(one['training_seconds'] for one in models) / len(models):.1f}",
                 )
                 rows.append(cells)
     said = grid.record["settings"]
@@ -170,7 +169,7 @@ def _before(grid: Grid) -> str:
         f"{said['test_images']:,} other images; its standard error is about "
         f"{100 * (0.24 / said['test_images']) ** 0.5:.1f} points. BER and log10 p are the worst of "
         "the runs, those of the twins, read with the same key and claim, the least that chance "
-        "gave. Seconds are those of training with the mark, or of writing it in closed form.",
+        "gave.",
     )
     return f"{_table(head, rows)}\n\n{text}"
 
