@@ -54,17 +54,18 @@ MARGIN_KEYS = 7400  # from here on: none that the settings or the readings were 
 EPS = {10: 1.0, 2: 2.0}
 COUNTS = (200, 300, 500, 1000, 2000, 5000)
 CUSTOMERS = 1000
-PRICED = 10  # customers
 BEYOND = ("erasures", "colluders", "variants")
 # Fixed before any suspect was trained: the teacher's own architecture and another, neither of them
 # the weak suspect's, and what a student of labels alone looks like. In margin mode also what the
 # account's own queries teach whoever gets unmarked labels.
-BANK = {
-    "same architecture": (Recipe("resnet", batch=128), False),
-    "same architecture, hard labels": (Recipe("resnet", batch=128), True),
-    "another architecture": (Recipe("bottleneck", batch=128), False),
-}
 LOGGED = "the account's queries, hard labels"
+REFERENCES = {  # how each learns, whether from labels alone, and from which images
+    "same architecture": (Recipe("resnet", batch=128), False, "reference"),
+    "same architecture, hard labels": (Recipe("resnet", batch=128), True, "reference"),
+    "another architecture": (Recipe("bottleneck", batch=128), False, "reference"),
+    LOGGED: (Recipe("resnet"), True, "queries"),
+}
+BANK = [name for name in REFERENCES if name != LOGGED]
 # Chosen on other keys: students of labels learn H alone less well than the image's own features.
 MARGIN_FEATURES = "M"
 WEAK = Recipe("regnet", share=2 / 3, epochs=1.25)
@@ -160,8 +161,7 @@ class Run:
 
     def reference(self, name: str) -> dict[str, Any]:
         """What a clean student says, made beforehand."""
-        part = "queries" if name == LOGGED else "reference"
-        recipe, hard = BANK.get(name, (Recipe("resnet"), True))
+        recipe, hard, part = REFERENCES[name]
 
         def targets() -> Tensor:
             said = self.said(self.teacher, part)
@@ -385,26 +385,13 @@ def readings(run: Run) -> dict[str, Any]:
     right = answers(run.teacher, images, data).argmax(-1) == labels
     return {
         "teacher_accuracy": float(right.float().mean()),
-        "references": {name: float(run.reference(name)["accuracy"]) for name in (*BANK, LOGGED)},
+        "references": {name: float(run.reference(name)["accuracy"]) for name in REFERENCES},
         "distortion": run.served.distortion(seen, labels).to_dict(),
         "margin_distortion": run.firm.distortion(seen, labels).to_dict(),
         "margin_expected_price": run.firm.expected_price,
-        "margin_prices": _prices(run, images, labels),
         "wrong_keys": _null(wrong) | {"ranks": _ranks(wrong)} if wrong else None,
         "suspects": found,
     }
-
-
-def _prices(run: Run, images: Tensor, labels: Tensor) -> list[float]:
-    """What margin mode costs the teacher's accuracy, for every one of ten customers."""
-    before, *after = (
-        answers(one, images, run.data).argmax(-1).eq(labels).double().mean().item()
-        for one in (
-            run.teacher,
-            *(run.firm.for_recipient(f"customer-{i}") for i in range(PRICED)),
-        )
-    )
-    return [before - one for one in after]
 
 
 def view(run: Run, margin: bool, images: Tensor) -> Probes:
@@ -535,8 +522,8 @@ def main() -> None:
             "eps": options.eps or EPS[options.classes],
             "margin": options.margin or MARGIN[options.classes],
             "margin_features": MARGIN_FEATURES,
-            "bank": list(BANK),
-            "bank_in_margin_mode": [*BANK, LOGGED],
+            "bank": BANK,
+            "bank_in_margin_mode": list(REFERENCES),
         },
         "results": {},
     }

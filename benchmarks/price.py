@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillation import MARGIN, PRICED, Run
+from distillation import MARGIN, Run
 from students import Data, answers
 from torch import Tensor
 
+CUSTOMERS = 10
 PARTS = ("queries", "calibration", "reference", "probes", "test")
 
 
@@ -31,7 +32,7 @@ def price(run: Run) -> dict[str, Any]:
         return answers(model, images, run.data).argmax(-1).eq(labels).double()
 
     before = right(run.teacher)
-    keys = [run.firm, *(run.firm.for_recipient(f"customer-{i}") for i in range(PRICED))]
+    keys = [run.firm, *(run.firm.for_recipient(f"customer-{i}") for i in range(CUSTOMERS))]
     lost = 100.0 * torch.stack([before - right(one) for one in keys])
     customers = lost[1:].mean(0)
     found = {
@@ -71,7 +72,7 @@ def main() -> None:
     data = Data(options)
     record = {
         "question": "What does margin mode cost?",
-        "settings": settings | {"margin": MARGIN[10], "customers": PRICED},
+        "settings": settings | {"margin": MARGIN[10], "customers": CUSTOMERS},
         "results": {str(seed): price(Run(seed, data, options)) for seed in options.seeds},
     }
     text = json.dumps(record, indent=1) + "\n"

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from page_parts import load, paragraph, table
+
 _READ = "fresh"
 _TEST = 5000  # images that the accuracy of `distillation.py`'s students is measured on
-
-
-def _load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _text(*parts: str) -> str:
-    return textwrap.fill(" ".join(parts), 98, break_long_words=False, break_on_hyphens=False)
 
 
 def _each(values: Iterable[float], form: str = ".1f") -> str:
@@ -73,7 +57,7 @@ def students() -> str:
         "distillation_two_classes": "2 classes, H",
     }
     for file, said in names.items():
-        record = _load(file)
+        record = load(file)
         for name in ("strong", "weak"):
             found = _of(record, name)
             rows.append(
@@ -87,10 +71,10 @@ def students() -> str:
             )
     head = ("suspect", "accuracy, %", "t, without references", "t")
     head += ("log10 p, 300 probes", "2,000", "5,000")
-    record = _load("distillation")
+    record = load("distillation")
     spoilt = [seed["distortion"] for seed in record["results"].values()]
-    two = _load("distillation_two_classes")["settings"]
-    told = _text(
+    two = load("distillation_two_classes")["settings"]
+    told = paragraph(
         f"{_settings(record)}. Two classes are animals and vehicles, at eps {two['eps']:g}, with "
         f"images of {two['size']} pixels and {two['epochs']} epochs (with ten classes "
         f"{record['settings']['size']} pixels, {record['settings']['epochs']} epochs).",
@@ -102,7 +86,7 @@ def students() -> str:
         f"{_each((one['ece'][0] for one in spoilt), '.3f')} to",
         f"{_each((one['ece'][1] for one in spoilt), '.3f')} (`benchmarks/distillation.py`).",
     )
-    return f"{_table(head, rows)}\n\n{told}"
+    return f"{table(head, rows)}\n\n{told}"
 
 
 def innocents() -> str:
@@ -110,7 +94,7 @@ def innocents() -> str:
     seeds = [
         seed
         for file in ("distillation", "distillation_two_classes")
-        for seed in _load(file)["results"].values()
+        for seed in load(file)["results"].values()
     ]
     sets = [
         found
@@ -119,7 +103,7 @@ def innocents() -> str:
         for found in row.get("wrong_keys", {}).values()
     ]
     pooled = [seed["wrong_keys"] for seed in seeds]
-    again = _load("distillation_more_keys")["results"]
+    again = load("distillation_more_keys")["results"]
     own = [
         found["log10_p"]
         for seed in seeds
@@ -128,7 +112,7 @@ def innocents() -> str:
         for found in row["fresh"]["as it is"].values()
     ]
     failed = sum(one["ks_p"] <= 0.01 for one in sets)
-    return _text(
+    return paragraph(
         f"Wrong keys, others for every suspect: {sum(one['count'] for one in sets):,} readings in",
         f"{len(sets)} sets of a thousand; smallest log10 p",
         f"{min(one['smallest_log10_p'] for one in sets):.2f}; standard deviation of t, by run,",
@@ -152,7 +136,7 @@ def margin() -> str:
         ("distillation", "10 classes"),
         ("distillation_two_classes", "2 classes"),
     ):
-        record = _load(file)
+        record = load(file)
         for name in ("margin, hard labels", "margin, weak, hard labels", "margin, soft labels"):
             found = _of(record, name)
             if not found:
@@ -184,19 +168,19 @@ def margin() -> str:
         )
     head = ("student", "accuracy, %", "fresh images, soft", "fresh, labels")
     head += ("its own queries, soft", "queries, labels")
-    settings = _load("distillation")["settings"]
-    more = _text(
+    settings = load("distillation")["settings"]
+    more = paragraph(
         "log10 p, both readings counted. Fresh: 5,000 images that nobody was asked about. Queries:",
         f"all that the student's account asked. Features {settings['margin_features']}; among the",
         "references is one that learnt the clean model's labels of those queries.",
         _price(),
     )
-    return f"{_table(head, rows)}\n\n{more}"
+    return f"{table(head, rows)}\n\n{more}"
 
 
 def _price() -> str:
     """What margin mode costs the teachers."""
-    record, two = _load("price"), _load("distillation_two_classes")
+    record, two = load("price"), load("distillation_two_classes")
     found = list(record["results"].values())
     paid = [one["margin_distortion"]["accuracy"] for one in two["results"].values()]
     expected = [100 * one["margin_expected_price"] for one in two["results"].values()]
@@ -220,7 +204,7 @@ def _price() -> str:
 
 def erasures() -> str:
     """What an attacker who knows the scheme pays."""
-    record = _load("distillation")
+    record = load("distillation")
     names = [
         name
         for name, row in next(iter(record["results"].values()))["suspects"].items()
@@ -248,11 +232,11 @@ def erasures() -> str:
     strong = statistics.mean(row["accuracy"] for row in _of(record, "strong"))
     noise = 100 * (strong * (1.0 - strong) / _TEST) ** 0.5
     few = sorted({len(_of(record, name)) for name in (*names, "strong")})
-    more = _text(
+    more = paragraph(
         f"2,000 probes; {_seeds(few)}. The standard error of an accuracy is about {noise:.1f}",
         "points (`benchmarks/distillation.py`).",
     )
-    return f"{_table(head, rows)}\n\n{more}"
+    return f"{table(head, rows)}\n\n{more}"
 
 
 def _seeds(counts: list[int]) -> str:
@@ -261,7 +245,7 @@ def _seeds(counts: list[int]) -> str:
 
 def variants() -> str:
     """Students who learnt, or answer, in other ways."""
-    record = _load("distillation")
+    record = load("distillation")
     every = [row for seed in record["results"].values() for row in seed["suspects"].items()]
     names = {name: None for name, row in every if row["kind"] == "variant" and not _shared(row)}
     rows = []
@@ -269,7 +253,7 @@ def variants() -> str:
         found = _of(record, name)
         said = "as it is: the strong student" if name == "strong" else name
         rows.append((said, _accuracy(found), _t(found), _p(found)))
-    return _table(("the student", "accuracy, %", "t", "log10 p"), rows)
+    return table(("the student", "accuracy, %", "t", "log10 p"), rows)
 
 
 def _shared(row: dict[str, Any]) -> bool:
@@ -278,7 +262,7 @@ def _shared(row: dict[str, Any]) -> bool:
 
 def answers() -> str:
     """What the suspect's owner may do to its answers."""
-    record = _load("distillation")
+    record = load("distillation")
     strong, weak = (_of(record, name) for name in ("strong", "weak"))
     both = (strong, weak)
     rows = [
@@ -286,12 +270,12 @@ def answers() -> str:
         for how in strong[0][_READ]
     ]
     head = ("answers of the suspect", "t, strong", "t, weak", "log10 p, strong", "log10 p, weak")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def colluders() -> str:
     """Customers who learn from the mean of their answers."""
-    record = _load("distillation")
+    record = load("distillation")
     rows = []
     for name, said in (
         ("another customer's", "1"),
@@ -310,12 +294,12 @@ def colluders() -> str:
                 )
             )
     head = ("colluders", "accuracy, %", "t of each", "best other of 1,000", "all named first")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def leaks() -> str:
     """A hundred leaks."""
-    record = _load("leaks")
+    record = load("leaks")
     settings = record["settings"]
     parts = []
     for (arch, found), said in zip(
@@ -326,7 +310,7 @@ def leaks() -> str:
             f"of {found['leaks']} students {said}, {found['first']} point at the right one first, "
             f"{found['named']} of them beyond alpha (median t {t:.1f})"
         )
-    return _text(
+    return paragraph(
         f"One of {settings['customers']:,} customers leaks, all of them are suspected and counted:",
         f"{'; '.join(parts)}. Of {len(record['innocents'])} clean students",
         f"{record['innocents_named']} named anybody. {settings['probes']:,} probes each, teacher",
@@ -335,7 +319,7 @@ def leaks() -> str:
 
 
 def served() -> str:
-    record = _load("served")
+    record = load("served")
     settings, rows = record["settings"], record["results"]["flips"]
     head = ("classes", "answers", "other top class", "margin mode: swapped")
     head += ("not between the top two, or not closer than tau",)
@@ -379,7 +363,7 @@ def _is_cell(name: str, mode: str, classes: str) -> bool:
 
 
 def usp() -> str:
-    record = _load("usp")
+    record = load("usp")
     settings, keys = record["settings"], record["results"]["keys"]
     head = ("answers at", "paired test", "taken for marked: clean", "independent")
     head += ("clean student", "log10 p of 10 answers", "trained network")
@@ -428,7 +412,7 @@ def usp() -> str:
 
 def trained_in() -> str:
     """Published weights with both marks."""
-    record = _load("trained_in")
+    record = load("trained_in")
     seeds = list(record["results"].values())
     rows = []
     for name in seeds[0]["rows"]:
@@ -443,14 +427,14 @@ def trained_in() -> str:
             )
         )
     head = ("the weights", "accuracy, %", "t of its answers", "log10 p", "log10 p of the weights")
-    told = _text(
+    told = paragraph(
         f"Trained by `WatermarkTrainer` for {record['settings']['epochs']} epochs; teachers",
         f"{_each(100 * seed['teacher_accuracy'] for seed in seeds)}%;",
         f"{record['settings']['probes']:,} probes. Attacks as in `hf-watermark stress`, with",
         f"{record['settings']['calibration']:,} images and {record['settings']['attack_epochs']}",
         "epochs (`benchmarks/trained_in.py`).",
     )
-    return f"{_table(head, rows)}\n\n{told}"
+    return f"{table(head, rows)}\n\n{told}"
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -478,7 +462,7 @@ def pictures(folder: Path) -> None:
     from hf_watermark.significance import log10_rademacher_tail
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    record = _load("distillation")
+    record = load("distillation")
     for name, colour in (("strong", "tab:blue"), ("weak", "tab:orange")):
         for i, row in enumerate(_of(record, name)):
             counts = {int(k): v["t"] for k, v in row[_READ]["as it is"].items()}

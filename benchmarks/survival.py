@@ -9,7 +9,7 @@ if it is not found while accuracy fell by less than five points (Lukas et al., S
 Models and cells are kept in --cache, one at a time: an interrupted run goes on from there, and more
 hosts, schemes, seeds or attacks are added to what --out holds. Other settings are refused.
 
-    python benchmarks/survival.py --cache /tmp/survival --out benchmarks/results/survival.json
+    python benchmarks/survival.py --cache runs/survival --out benchmarks/results/survival.json
     python benchmarks/survival.py --train 1000 --epochs 2 --seeds 1 --hosts resnet   # a look
     python benchmarks/survival.py --full --cache DIR --out FILE   # WRN-10-4, all attacks, a GPU
 """

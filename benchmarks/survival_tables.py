@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Iterable
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from page_parts import load, paragraph, table
+
 HOSTS = {
     "resnet": "ResNet",
     "resnet18": "ResNet-18",
@@ -34,21 +34,6 @@ _KEY = (
     "to largest over all runs of the row, negative where accuracy rose. Aligned: the disguise was "
     "undone before reading. What is empty was not run."
 )
-
-
-def _load() -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((RESULTS / "survival.json").read_text())
-    return record
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _text(*parts: str) -> str:
-    return textwrap.fill(" ".join(parts), 98, break_long_words=False, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -129,15 +114,15 @@ class Grid:
 
 
 def before() -> str:
-    return _before(Grid.of(_load()))
+    return _before(Grid.of(load("survival")))
 
 
 def survival() -> str:
-    return _survival(Grid.of(_load()))
+    return _survival(Grid.of(load("survival")))
 
 
 def survival_short() -> str:
-    return _short(Grid.of(_load()))
+    return _short(Grid.of(load("survival")))
 
 
 SECTIONS = {"survival_before": before, "survival": survival, "survival_short": survival_short}
@@ -163,7 +148,7 @@ def _before(grid: Grid) -> str:
                 )
                 rows.append(cells)
     said = grid.record["settings"]
-    text = _text(
+    text = paragraph(
         f"CIFAR-10: every host learns {said['train']:,} images for {said['epochs']} epochs (AdamW, "
         "one cycle), its twin the same in the same order. Accuracy is that on "
         f"{said['test_images']:,} other images; its standard error is about "
@@ -171,7 +156,7 @@ def _before(grid: Grid) -> str:
         "the runs, those of the twins, read with the same key and claim, the least that chance "
         "gave.",
     )
-    return f"{_table(head, rows)}\n\n{text}"
+    return f"{table(head, rows)}\n\n{text}"
 
 
 def _survival(grid: Grid) -> str:
@@ -188,8 +173,8 @@ def _survival(grid: Grid) -> str:
         if skipped:
             notes.append(f"Not applicable to this host: {', '.join(skipped)}.")
         listed = [_failures(grid, scheme, [host]) for scheme in schemes]
-        parts += [f"### {HOSTS[host]}", _table(head, rows), _text(*notes), "\n".join(listed)]
-    return "\n\n".join([_text(_conditions(grid), _key(grid)), *parts])
+        parts += [f"### {HOSTS[host]}", table(head, rows), paragraph(*notes), "\n".join(listed)]
+    return "\n\n".join([paragraph(_conditions(grid), _key(grid)), *parts])
 
 
 def _short(grid: Grid) -> str:
@@ -211,8 +196,8 @@ def _short(grid: Grid) -> str:
     ]
     return "\n\n".join(
         [
-            _table(head, rows),
-            _text(*notes),
+            table(head, rows),
+            paragraph(*notes),
             "\n".join(_failures(grid, scheme, hosts) for scheme in schemes),
         ]
     )
@@ -298,7 +283,7 @@ def write_page(record: dict[str, Any], folder: Path) -> None:
 
 def pictures(folder: Path) -> None:
     """Every run of every attack: how far the mark's p-value lies from chance."""
-    _picture(Grid.of(_load()), folder / "survival.png")
+    _picture(Grid.of(load("survival")), folder / "survival.png")
 
 
 def _picture(grid: Grid, path: Path) -> None:

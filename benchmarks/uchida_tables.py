@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from page_parts import load, paragraph, table
+
 LONG = "random, long"
-RESULTS = Path(__file__).parent / "results"
 _PRUNINGS = ("embedded layer", "embedded layer, at random", "every layer")
-
-
-def _load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _text(*parts: str) -> str:
-    return textwrap.fill(" ".join(parts), 98, break_long_words=False, break_on_hyphens=False)
 
 
 def _loss(value: float | None) -> str:
@@ -57,11 +40,11 @@ def _noise(record: dict[str, Any]) -> str:
 
 
 def setting() -> str:
-    record = _load("uchida")
+    record = load("uchida")
     settings = record["settings"]
     minutes = sum(record["processor_seconds"].values()) / 60
     drops = ", ".join(f"{100 * drop:.0f}%" for drop in settings["drops"])
-    return _text(
+    return paragraph(
         f"{settings['host']} on {settings['train']:,} images of CIFAR-10, scaled to "
         f"{settings['size']} x {settings['size']} pixels, for {settings['epochs']} epochs (the "
         "paper: 50,000 images of 32 x 32 pixels, 200 epochs); test errors on "
@@ -99,7 +82,7 @@ def _spread() -> float:
 
 
 def matrices() -> str:
-    record = _load("uchida")
+    record = load("uchida")
     rows, paper = record["results"]["matrices"], record["paper"]
     head = ("key matrix", "test error, %", "E_R", "BER", "log10 p", "steps to BER 0")
     head += ("paper: test error, %", "paper: E_R")
@@ -122,7 +105,7 @@ def matrices() -> str:
         )
     settings = record["settings"]
     balance = _balance(settings)
-    text = _text(
+    text = paragraph(
         "E_R is the cross entropy of the bits, as a mean over them; the model without a mark is",
         f"read with the key of `random`. The paper's figures are {paper['source']}. E_R depends on",
         "the length of the training and on weight decay: `direct` has one weight a channel for",
@@ -133,11 +116,11 @@ def matrices() -> str:
         f"the means of fresh weights have a standard deviation of {_spread():.4f}: what is wrong",
         "there was not given the time. `random` moves every weight for every bit.",
     )
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def situations() -> str:
-    record = _load("uchida")
+    record = load("uchida")
     head = ("situation", "test error without, %", "with the mark, %", "E_R", "BER", "log10 p")
     lines = [
         (
@@ -150,16 +133,16 @@ def situations() -> str:
         )
         for situation, pair in record["results"]["situations"].items()
     ]
-    text = _text(
+    text = paragraph(
         "Key matrix `random`, the same schedule each time. Fine-tuning starts from the unmarked",
         "model of the first row; the student starts from other random weights and learns from that",
         "model's probabilities.",
     )
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def tuning() -> str:
-    record = _load("uchida")
+    record = load("uchida")
     head = ("fine-tuned without the key on", "rate", "test error, %", "E_R", "BER", "log10 p")
     lines = [
         (
@@ -173,15 +156,15 @@ def tuning() -> str:
         for name, row in record["results"]["tuning"].items()
     ]
     epochs = max(1, record["settings"]["epochs"] // 4)
-    text = _text(
+    text = paragraph(
         f"Key matrix `random`, {epochs} epochs, with the training's drops of the rate. The paper",
         "fine-tunes on the same images, and from Caltech-101 to CIFAR-10; the mark stays too.",
     )
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def pruning() -> str:
-    record = _load("uchida")
+    record = load("uchida")
     rows = record["results"]["pruning"]
     best = LONG if LONG in rows else "random"
     smallest, chance, every = (rows[best][how] for how in _PRUNINGS)
@@ -200,18 +183,18 @@ def pruning() -> str:
         )
         for i in range(len(smallest))
     ]
-    text = _text(
+    text = paragraph(
         "The smallest weights of the embedded layer are set to zero, as in the paper, where the",
         f"mark is complete after {record['paper']['pruned_without_an_error']}%. One bit is",
         f"{_ber(1 / 256)}: the shorter training leaves some bits close to the border. The columns",
         f"on the right are of `{_name(record, best)}`: the same, with",
         "weights of that layer drawn at random, and with the smallest of every layer.",
     )
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def capacity() -> str:
-    record = _load("uchida")
+    record = load("uchida")
     groups = record["results"]["capacity"]
     names = {"conv2": "conv2, M = 576", "conv3": "conv3, M = 1,152", "conv4": "conv4, M = 2,304"}
     head = ["T"]
@@ -230,16 +213,16 @@ def capacity() -> str:
         lines.append(line)
     settings = record["settings"]
     epochs = max(1, round(settings["epochs"] * settings["capacity_share"]))
-    text = _text(
+    text = paragraph(
         f"Key matrix `random`, from scratch, {epochs} epochs each. More bits than M, the inputs of",
         "one output channel, cannot all be set: `WatermarkLoss` refuses them.",
     )
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def summary() -> str:
     """For README.md."""
-    record = _load("uchida")
+    record = load("uchida")
     results = record["results"]
     matrix = ", ".join(
         f"{_ber(row['ber'])} ({_name(record, host)})"
@@ -254,7 +237,7 @@ def summary() -> str:
         if host.startswith("random")
     )
     settings = record["settings"]
-    return _text(
+    return paragraph(
         f"The scheme of Uchida et al. in its own experiments, in small: {settings['host']},",
         f"{settings['train']:,} images, {settings['epochs']} epochs. BER after training, by key",
         f"matrix: {matrix}; after pruning {at}% of the embedded layer, where the paper's mark is",
@@ -265,13 +248,13 @@ def summary() -> str:
 
 def wrong_keys() -> str:
     """For README.md."""
-    record = _load("wrong_keys")
+    record = load("wrong_keys")
     rows = record["results"]["spread"]
     at = [row["alphas"]["0.001"] for row in rows.values()]
     low, high = at[0]["interval"]
     inside = sum(one["inside"] for one in at)
     counts = sorted(one["count"] for one in at)
-    return _text(
+    return paragraph(
         f"{record['settings']['keys']:,} wrong keys on each of {len(rows)} models, random, trained",
         f"and nasty: {counts[0]} to {counts[-1]} false alarms at 10^-3, where a binomial gives",
         f"{low} to {high} in 99 of 100 cases ({inside} of {len(at)} inside;",
@@ -280,7 +263,7 @@ def wrong_keys() -> str:
 
 
 def wrong_keys_table() -> str:
-    record = _load("wrong_keys")
+    record = load("wrong_keys")
     names = {"spread": "spread (default)", "mean": "Uchida's mean"}
     limits = list(next(iter(record["results"]["spread"].values()))["alphas"])
     head = ["statistic, model", *(f"p <= {limit}" for limit in limits), "KS p", "smallest p"]
@@ -300,7 +283,7 @@ def wrong_keys_table() -> str:
     )
     outside = sum(not one["inside"] for one in cells)
     check, settings = record["verify"], record["settings"]
-    text = _text(
+    text = paragraph(
         f"{settings['keys']:,} fresh keys, each of which reads every model (a carrier of shape",
         f"{settings['carrier']}, 64 bits). What a binomial stays within in 99 of 100 cases:",
         f"{intervals}; {outside} of {len(cells)} counts lie outside, marked (!), where",
@@ -310,7 +293,7 @@ def wrong_keys_table() -> str:
         f"{record['the_owner_of_the_mark']:.0f} there. It took {record['processor_seconds']:.0f}",
         "seconds of one core.",
     )
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{table(head, lines)}\n\n{text}"
 
 
 def pictures(folder: Path) -> None:
@@ -320,7 +303,7 @@ def pictures(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    record = _load("uchida")
+    record = load("uchida")
     rows, at = record["results"]["pruning"], record["paper"]["pruned_without_an_error"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     colours = ("tab:green", "tab:orange", "tab:cyan", "tab:blue")
