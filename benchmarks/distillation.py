@@ -477,13 +477,11 @@ def _traced(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a `Run` and its data depend on."""
     parser.add_argument("--classes", type=int, choices=[2, 10], default=10)
     parser.add_argument("--features", choices=["H", "M"], default="H")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--beyond", nargs="*", choices=BEYOND, default=BEYOND)
-    parser.add_argument("--beyond-seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=15_000)
     parser.add_argument("--calibration", type=int, default=5_000)
@@ -495,13 +493,20 @@ def main() -> None:
     parser.add_argument("--eps", type=float, help="1, and 2 for two classes")
     parser.add_argument("--margin", type=float, nargs=2, help="lambda and tau; has its own --cache")
     parser.add_argument("--margin-keys", type=int, help="their first number, with --margin")
-    parser.add_argument("--wrong", type=int, default=1000, help="wrong keys for every suspect")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--full", action="store_true", help="ResNet-18, 30 epochs, 128 pixels")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--train-only", action="store_true", help="fill the cache, read nothing")
     parser.add_argument("--cache", type=Path, default=Path("build/distillation"))
     parser.add_argument("--out", type=Path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    parser.add_argument("--beyond", nargs="*", choices=BEYOND, default=BEYOND)
+    parser.add_argument("--beyond-seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--wrong", type=int, default=1000, help="wrong keys for every suspect")
+    parser.add_argument("--full", action="store_true", help="ResNet-18, 30 epochs, 128 pixels")
+    parser.add_argument("--train-only", action="store_true", help="fill the cache, read nothing")
     options = parser.parse_args()
     if options.full:
         options.teacher, options.size, options.epochs, options.teacher_epochs = (

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from distillation import MARGIN, Run
+from distillation import MARGIN, Run, add_options
 from students import Data, answers
 from torch import Tensor
 
@@ -51,28 +50,17 @@ def price(run: Run) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=20_000)
-    parser.add_argument("--queries", type=int, default=15_000)
-    parser.add_argument("--calibration", type=int, default=5_000)
-    parser.add_argument("--reference", type=int, default=10_000)
-    parser.add_argument("--teacher-epochs", type=int, default=12)
-    parser.add_argument("--size", type=int, default=48, help="pixels that the models see")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=Path("build/distillation"))
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     hidden = ("out", "cache", "threads", "device")
     settings = {k: v for k, v in vars(options).items() if k not in hidden}
-    more = {"eps": None, "margin": None, "margin_keys": None, "classes": 10, "features": "H"}
-    vars(options).update(teacher="resnet", **more)
     data = Data(options)
     record = {
         "question": "What does margin mode cost?",
-        "settings": settings | {"margin": MARGIN[10], "customers": CUSTOMERS},
+        "settings": settings
+        | {"margin": options.margin or MARGIN[options.classes], "customers": CUSTOMERS},
         "results": {str(seed): price(Run(seed, data, options)) for seed in options.seeds},
     }
     text = json.dumps(record, indent=1) + "\n"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import students
 import torch
-from distillation import BANK, Run, judged, view
+from distillation import BANK, Run, add_options, judged, view
 from students import Data, answers, augmented
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -166,19 +166,8 @@ def read(folder: Path, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=20_000)
-    parser.add_argument("--queries", type=int, default=15_000)
-    parser.add_argument("--calibration", type=int, default=5_000)
-    parser.add_argument("--reference", type=int, default=10_000)
-    parser.add_argument("--teacher-epochs", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=8)
+    add_options(parser)
     parser.add_argument("--attack-epochs", type=int, default=4)
-    parser.add_argument("--size", type=int, default=48, help="pixels that the models see")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=Path("build/distillation"))
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -189,8 +178,6 @@ def main() -> None:
         | {"rate": RATE, "probes": PROBES},
         "results": {},
     }
-    more = {"eps": None, "margin": None, "margin_keys": None}
-    vars(options).update(classes=10, features="H", teacher="resnet", **more)
     if options.out is not None and options.out.exists():  # go on from there
         before = json.loads(options.out.read_text())
         if before["settings"] == record["settings"]:
