@@ -409,6 +409,8 @@ def test_refusals(cli, place, tmp_path):
     refused(cli("--attacks", ","), "Unknown attack")
     refused(cli("--suite", "slow"), "slow", advice=False)
     refused(cli("--alpha", "2"), "alpha is out of range")
+    refused(cli("--device", "warp"), "device 'warp' cannot be used", advice=False)
+    refused(cli("--device", "meta"), "device 'meta' cannot be used", advice=False)
     refused(cli(model="images"), "holds no safetensors")
     other = tmp_path / "text"
     shutil.copytree(place / "marked", other)

@@ -63,6 +63,7 @@ def _list(context: click.Context, parameter: click.Parameter, wanted: bool) -> N
     help='AdamW\'s at "1x": the rate the model was trained with.',
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="To attack on: cuda, mps.")
 @click.option("--revision", metavar="R", help="Of MODEL, if it is a repo.")
 @click.option("--token", metavar="T", help="A token for private repos.")
 @format_options
@@ -81,6 +82,7 @@ def stress(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    device: str,
     revision: str | None,
     token: str | None,
     form: str,
@@ -116,7 +118,7 @@ def stress(
 
     check_matplotlib()
     key = load_key(key_file)
-    victim = Victim(model, revision=revision, token=token)
+    victim = Victim(model, revision=revision, token=token, device=device)
     training, test = attackers_and_test(data, victim, seed=seed, column=column, limit=limit)
     settings = Settings(seed, epochs, learning_rate, batch_size, alpha)
     run = Stress(victim, key, training, test, settings, claim)

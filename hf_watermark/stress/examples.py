@@ -118,7 +118,8 @@ def _read(
         victim.pixel_values([images.picture(place) for place in order[start : start + _BATCH]])
         for start in range(0, len(order), _BATCH)
     ]
-    return Examples(torch.cat(parts), torch.tensor([labels[place] for place in order]))
+    wanted = torch.tensor([labels[place] for place in order])
+    return Examples(torch.cat(parts).to(victim.device), wanted.to(victim.device))
 
 
 def _labels(dataset: Any, path: Path, victim: Victim) -> list[int]:

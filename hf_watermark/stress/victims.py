@@ -33,8 +33,10 @@ class Victim:
         source: A folder, or `org/name` on the Hub, of which JSON and safetensors are fetched.
         revision: Branch, tag or commit of a repo.
         token: For private repos.
+        device: Where it and the images lie, as torch names it.
 
     Raises:
+        WatermarkError: If there is no such device.
         NotSafetensorsError: If there are no safetensors.
         OutputsError: If it is no image classifier of transformers.
         HubError: If it cannot be fetched.
@@ -46,10 +48,12 @@ class Victim:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
+        device: str = "cpu",
     ) -> None:
+        self.device = _usable(device)
         self.folder = source_folder(source, revision, token, _WANTED)
         self.name = str(source)
-        self.model: Any = load_model(self.folder, self.name)
+        self.model: Any = load_model(self.folder, self.name).to(self.device)
         has_own = (self.folder / "preprocessor_config.json").exists()
         self._processor = load_processor(self.folder) if has_own else None
 
@@ -109,3 +113,18 @@ class Victim:
         )
         values = np.asarray(coloured, np.float32).reshape(height, width, channels)
         return torch.from_numpy(values / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def _usable(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no weights")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise WatermarkError(
+            f"The device {quoted(name, 60)} cannot be used",
+            expected="cpu, or an accelerator that torch sees",
+            got=quoted(str(error).splitlines()[0], 160),
+        ) from None
+    return device
