@@ -8,6 +8,7 @@ differ. The position in the list, not the name, is what the key's streams are bo
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,14 @@ from dataclasses import dataclass
 from hf_watermark.errors import CarrierError, CarrierMissingError, ModelTooSmallError
 from hf_watermark.scheme import Scheme
 
-__all__ = ["Carrier", "check_capacity", "choose_carriers", "named_carriers", "natural_order"]
+__all__ = [
+    "Carrier",
+    "check_capacity",
+    "choose_carriers",
+    "matching",
+    "named_carriers",
+    "natural_order",
+]
 
 Shape = tuple[int, ...]
 
@@ -32,6 +40,7 @@ _EXCLUDED = frozenset(" ".join((_EMBEDDINGS, _NORMS, _HEADS, _PYRAMIDS, _ATTENTI
 _EXCLUDED_PARTS = frozenset({"in_proj", "c_attn", "in_proj_weight"})
 _MATRIX = re.compile(r"(?:.*\.)?(?:weight|kernel)")
 _MIN_SIDE = 8
+_WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,43 @@ def choose_carriers(shapes: Mapping[str, Shape]) -> tuple[Carrier, ...]:
             do="name the carriers yourself",
         )
     return tuple(Carrier(name, tuple(shapes[name])) for name in sorted(chosen, key=natural_order))
+
+
+def matching(shapes: Mapping[str, Shape], patterns: Sequence[str]) -> list[str]:
+    """The names that a user's patterns stand for, `*.attention.*.weight` for instance.
+
+    Args:
+        shapes: Every tensor's name and shape.
+        patterns: Names, which are left as they are, and patterns in the shell's style, each of
+            which stands for the matrices that it matches, in the model's order.
+
+    Raises:
+        CarrierMissingError: If a pattern matches no convolution and no linear layer.
+    """
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        if not _WILD.search(pattern):
+            if pattern in names:
+                raise CarrierError("Carriers must be named, each once", got=repr(pattern)[:120])
+            names[pattern] = None
+            continue
+        found = [
+            name
+            for name, shape in shapes.items()
+            if fnmatch.fnmatchcase(name, pattern)
+            and _MATRIX.fullmatch(name)
+            and len(shape) > 1
+            and min(shape[0], math.prod(shape[1:])) >= _MIN_SIDE
+        ]
+        if not found:
+            raise CarrierMissingError(
+                "No carrier is called so",
+                expected=f"a convolution or linear layer like {pattern!r}"[:160],
+                got=f"{len(shapes)} tensors of other names",
+                do="check the pattern against model.named_parameters()",
+            )
+        names |= dict.fromkeys(sorted(found, key=natural_order))
+    return list(names)
 
 
 def named_carriers(shapes: Mapping[str, Shape], names: Sequence[str]) -> tuple[Carrier, ...]:

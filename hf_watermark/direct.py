@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_watermark.carriers import Carrier, check_capacity, choose_carriers, named_carriers
+from hf_watermark.carriers import (
+    Carrier,
+    check_capacity,
+    choose_carriers,
+    matching,
+    named_carriers,
+)
 from hf_watermark.checkpoint import Checkpoint, FolderFiles
 from hf_watermark.claims import CLAIM_LIMIT, make_claim, reference_digests
 from hf_watermark.closed_form import ClosedForm, Mark, Progress
@@ -125,8 +131,8 @@ def embed_checkpoint(
         key: The owner's.
         output_dir: A new or empty folder, outside of the source.
         scheme: None chooses by size (`scheme_for`). Its embedding must be `projection`.
-        carriers: Names of the tensors that carry the mark; kept out of the public claim. None
-            chooses.
+        carriers: Names of the tensors that carry the mark, or patterns (`*.attention.*.weight`);
+            kept out of the public claim, so keep the claim that is returned. None chooses.
         recipient: Mark the copy for this recipient too, on top of the owner's mark.
         revision: Of a repo.
         token: For the Hub.
@@ -279,7 +285,7 @@ def _carriers(
 ) -> tuple[Carrier, ...]:
     shapes = checkpoint.shapes()
     if names is not None:
-        return named_carriers(shapes, names)
+        return named_carriers(shapes, matching(shapes, names))
     if ours is not None and ours.hides_carriers:
         raise CarrierError(
             "The source is marked with this key already, in carriers that its claim keeps secret",

@@ -16,6 +16,7 @@ from hf_watermark.carriers import (
     Carrier,
     check_capacity,
     choose_carriers,
+    matching,
     named_carriers,
     natural_order,
 )
@@ -579,6 +580,26 @@ def test_named_carriers_refused(chosen, error, message):
         named_carriers(NAMED, chosen)
     assert type(refused.value) is error
     assert len(str(refused.value)) < 400
+
+
+def test_patterns_stand_for_matrices_in_the_models_order():
+    shapes = {
+        "b.10.o.weight": (16, 16),
+        "b.2.o.weight": (16, 16),
+        "b.2.o.bias": (16,),
+        "b.2.norm.weight": (16,),
+        "b.2.depthwise.weight": (4, 1, 3, 3),
+        "head.weight": (10, 16),
+    }
+    assert matching(shapes, ["b.*"]) == ["b.2.o.weight", "b.10.o.weight"]
+    assert matching(shapes, ["head.weight", "b.1?.*"]) == ["head.weight", "b.10.o.weight"]
+    assert matching(shapes, ["b.2.o.weight", "*"])[0] == "b.2.o.weight"
+    assert len(matching(shapes, ["b.2.o.weight", "*"])) == 3  # each once
+    assert matching(shapes, ["of no tensor"]) == ["of no tensor"]  # named_carriers says so
+    with pytest.raises(CarrierMissingError, match=r"called so.*like '\*\.norm\.\*'"):
+        matching(shapes, ["*.norm.*"])
+    with pytest.raises(CarrierError, match="each once"):
+        matching(shapes, ["head.weight", "head.weight"])
 
 
 @given(

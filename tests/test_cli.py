@@ -541,6 +541,28 @@ class TestEmbed:
         assert re.search(r"marked 6 tensors; the largest changed by \d+\.\d\d%", done.stdout)
         assert verify_hub_model(tmp_path / "d", KEY).bits == 32
 
+    def test_carriers_that_are_kept_secret(self, place, tmp_path):
+        own = tmp_path / "own.json"
+        pattern = "*.attention.output.*.weight"
+        arguments = ("--out", tmp_path / "out", "--carriers", pattern, "--own-claim", own)
+        done = self.embed(place, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert f"marked {LAYERS} tensors" in done.stdout
+        assert own.stat().st_mode & 0o777 == 0o600
+        for path in (tmp_path / "out").glob("*.json"):
+            assert b"attention.output" not in path.read_bytes()
+        suspect = tmp_path / "out"
+        assert verify_hub_model(suspect, KEY, claim=own).found
+        checked = umbrella("verify", suspect, "--key", "acme.key", cwd=place)
+        refused(checked, "does not name its carriers")
+        refused(self.embed(place, *arguments), "a new file", advice=False)
+        refused(self.embed(place, *arguments[:4]), "--own-claim", advice=False)
+        nowhere = (*arguments[:2], "--own-claim", tmp_path / "no" / "own.json")
+        refused(self.embed(place, *nowhere), "no such folder", advice=False)
+        missing = ("--out", tmp_path / "b", "--carriers", "*.nope.*", "--own-claim", "c.json")
+        refused(self.embed(place, *missing), "No carrier is called so")
+        assert not (tmp_path / "b").exists()
+
     def test_what_a_person_should_know(self, place, tmp_path):
         source = save_model(tmp_path / "source", vit(), claim_about(vit(), THIEF))
         (source / "pytorch_model.bin").write_bytes(b"unmarked")

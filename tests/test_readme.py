@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -139,9 +140,9 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
             if "thief/" in text:
                 steal(thief)
             Path("customers.txt").write_text("".join(f"customer-{i}\n" for i in range(20)))
-            for command in text.splitlines():
+            for command in text.replace("\\\n", " ").splitlines():
                 done = subprocess.run(
-                    command.split(),
+                    shlex.split(command),
                     env={**os.environ, **environment, "PATH": path},
                     capture_output=True,
                     text=True,
@@ -153,7 +154,7 @@ def test_every_block_runs_in_order(acme, monkeypatch, capsys):
                     assert json.loads(done.stdout)["verdict"] == "found"
                 ran.append(command.split()[0])
     verified = ["verify_hub_model", "verify_hub_model", "python"]
-    marked = ["hf-watermark"] * 3
+    marked = ["hf-watermark"] * 4 + ["verify_hub_model"]
     softly = ["python", "python"]
     expected = ["hf-watermark", "python", "python", *verified, *marked, *softly, "hf-watermark"]
     assert ran == expected

@@ -17,10 +17,11 @@ from hf_watermark.cli.terminal import (
     load_key,
     progress_bar,
 )
-from hf_watermark.errors import SchemeError
+from hf_watermark.errors import ClaimError, SchemeError
 
 if TYPE_CHECKING:
     from hf_watermark.direct import Embedded
+    from hf_watermark.evidence import Claim
     from hf_watermark.scan import Trace
 
 __all__ = ["embed", "trace"]
@@ -33,6 +34,13 @@ __all__ = ["embed", "trace"]
 @click.option("--push", metavar="REPO", help="A repo on the Hub to push it to.")
 @click.option("--bits", type=int, default=None, help="Length of the message [default: 64].")
 @click.option("--recipient", metavar="NAME", help="Mark this copy for NAME too.")
+@click.option(
+    "--carriers",
+    metavar="A,B",
+    help="Tensors that carry the mark, by names or patterns, in place of the default ones. The "
+    "public claim keeps them secret; needs --own-claim.",
+)
+@click.option("--own-claim", metavar="FILE", help="For the owner's copy of the claim; keep it.")
 @click.option("--revision", metavar="R", help="Of SOURCE, if it is a repo.")
 @click.option("--token", metavar="T", help="A token for private repos and for --push.")
 @format_options
@@ -43,6 +51,8 @@ def embed(
     push: str | None,
     bits: int | None,
     recipient: str | None,
+    carriers: str | None,
+    own_claim: str | None,
     revision: str | None,
     token: str | None,
     form: str,
@@ -56,12 +66,20 @@ def embed(
     Example:
       hf-watermark embed ./vit --key acme.key --out ./vit-marked
       hf-watermark embed ./vit --key acme.key --recipient customer-17 --push acme/vit-c17
+      hf-watermark embed ./vit --key acme.key --out ./vit-marked \\
+          --carriers '*.attention.output.*.weight' --own-claim acme-vit.json
     """  # noqa: D301
     from hf_watermark.direct import embed_checkpoint
     from hf_watermark.scheme import Scheme
 
     if (out is None) == (push is None):
         raise SchemeError("Say where to write", expected="either --out DIR or --push REPO")
+    if carriers is not None and own_claim is None:
+        raise SchemeError(
+            "Carriers that you name are in no public claim",
+            expected="--own-claim FILE, for the copy that verifying takes",
+        )
+    kept = None if own_claim is None else _free_file(own_claim)
     key = load_key(key_file)
     with tempfile.TemporaryDirectory() as temporary, progress_bar(f"Marking {source}") as progress:
         folder = Path(temporary) / "marked" if out is None else Path(out)
@@ -70,12 +88,15 @@ def embed(
             key,
             folder,
             scheme=None if bits is None else Scheme(bits=bits),
+            carriers=None if carriers is None else [one.strip() for one in carriers.split(",")],
             recipient=recipient,
             revision=revision,
             token=token,
             progress=progress,
         )
         where = str(folder)
+        if kept is not None:
+            _write_own(kept, done.claim)
         if push is not None:
             from hf_watermark.publish import push_folder
 
@@ -87,6 +108,33 @@ def embed(
         click.echo(f"warning: these may hold the weights too, unmarked: {listed}", err=True)
     _tell(done, where, form)
     return FOUND
+
+
+def _free_file(name: str) -> Path:
+    """Where the owner's claim can be written; what is there already may be another model's."""
+    from hf_watermark.safetensors_ranges import quoted
+
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        raise ClaimError(
+            f"The owner's claim cannot be written to {quoted(name, 200)}",
+            expected="a new file in a folder that is there",
+            got="something of that name" if path.exists() else "no such folder",
+        )
+    return path
+
+
+def _write_own(path: Path, claim: Claim) -> None:
+    from hf_watermark.key import write_secret_file
+    from hf_watermark.safetensors_ranges import quoted
+
+    try:
+        write_secret_file(path, claim.to_bytes())
+    except OSError as error:
+        raise ClaimError(
+            f"The owner's claim cannot be written to {quoted(str(path), 200)}",
+            got=error.strerror or type(error).__name__,
+        ) from None
 
 
 def _tell(done: Embedded, where: str, form: str) -> None:
