@@ -33,10 +33,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark.carriers import choose_carriers
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.direct import embed_checkpoint
 from hf_watermark.embedding import Measurement, WatermarkLoss
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 from hf_watermark.verify import verify_hub_model
 
 STEPS = 30  # of training

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_watermark import OwnerKey
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
+from hf_watermark.files import FolderFiles
 from hf_watermark.verify import verify_hub_model
 
 MODELS: dict[str, dict[str, int]] = {

@@ -24,10 +24,11 @@ from typing import Any
 
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark.carriers import choose_carriers
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import make_claim
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 from hf_watermark.testing import LoopbackHub
 
 MODELS: dict[str, dict[str, int]] = {

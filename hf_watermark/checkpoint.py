@@ -1,19 +1,15 @@
 """A model's weights, found as `from_pretrained` finds them and read by rows.
 
-`Files` is a repo at one commit or a folder; `Checkpoint` knows which of its files hold the weights
-and where each tensor lies. Only safetensors are ever opened: unpickling runs a stranger's code.
+`Checkpoint` knows which of a model's `Files` hold the weights and where each tensor lies. Only
+safetensors are ever opened: unpickling runs a stranger's code.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +20,8 @@ from hf_watermark.errors import (
     MalformedCheckpointError,
     NotSafetensorsError,
 )
+from hf_watermark.files import SUFFIX, Files
 from hf_watermark.safetensors_ranges import (
-    FileReader,
     Reader,
     TensorSpan,
     quoted,
@@ -33,11 +29,10 @@ from hf_watermark.safetensors_ranges import (
     read_rows,
 )
 
-__all__ = ["Checkpoint", "Files", "FolderFiles"]
+__all__ = ["Checkpoint"]
 
 _WEIGHTS = "model.safetensors"
-_SUFFIX = ".safetensors"
-_INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX_SUFFIX = f"{SUFFIX}.index.json"
 _INDEX = f"model{_INDEX_SUFFIX}"
 _OTHER_LIBRARIES = ("diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -50,115 +45,6 @@ _DO_CONVERT = (
     "convert the model once in a place that you trust (from_pretrained, then save_pretrained), or"
     " with the Space https://huggingface.co/spaces/safetensors/convert, and check the result"
 )
-
-
-class Files(Protocol):
-    """The files of one repo at one commit, or of one folder. Safe to use from several threads."""
-
-    @property
-    def name(self) -> str:
-        """The repo id or the folder."""
-
-    @property
-    def revision(self) -> str | None:
-        """The full commit sha; None for a folder."""
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Bytes of each file by its path, in POSIX spelling."""
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from files so far."""
-
-    def reader(self, path: str) -> Reader:
-        """Read ranges of a file; a path that is not in `sizes` is refused."""
-
-    def read(self, path: str, limit: int) -> bytes:
-        """Read a whole file of at most ``limit`` bytes; a larger one is refused."""
-
-
-class FolderFiles:
-    """A local folder and the folders right below it, or a single safetensors file.
-
-    Only listed files can be read, so no path leads out of the folder. Links are followed: in the
-    cache of huggingface_hub every file is one.
-
-    Args:
-        path: The folder or the file.
-
-    Raises:
-        CheckpointError: Neither is there.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fspath(path)
-        self.revision: str | None = None
-        self._bytes_read = 0
-        self._lock = threading.Lock()
-        given = Path(os.path.expanduser(path))
-        size = _file_size(given)
-        if size is not None and given.suffix == _SUFFIX:
-            self._folder = given.parent
-            self.sizes: Mapping[str, int] = {given.name: size}
-        elif os.path.isdir(given):
-            self._folder = given
-            self.sizes = dict(sorted(_list(given, depth=1)))
-        else:
-            raise CheckpointError(
-                f"{quoted(self.name, 300)} cannot be opened as a model",
-                expected=f"a folder or a {_SUFFIX} file",
-                got="nothing there" if size is None else "another file",
-                do="check the path",
-            )
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from files so far."""
-        return self._bytes_read
-
-    def reader(self, path: str) -> Reader:
-        """Read ranges of a listed file."""
-        return _FolderReader(self, path, self._size(path))
-
-    def read(self, path: str, limit: int) -> bytes:
-        """Read a whole listed file of at most ``limit`` bytes."""
-        size = self._size(path)
-        check_limit(self.name, path, size, limit)
-        return self._read(path, size, 0, size)
-
-    def _size(self, path: str) -> int:
-        if path not in self.sizes:
-            raise CheckpointError(f"{quoted(path)} is not in {quoted(self.name, 300)}")
-        return self.sizes[path]
-
-    def _read(self, path: str, size: int, start: int, stop: int) -> bytes:
-        # Opened for each read: a sharded model has hundreds of files, a process as many handles.
-        with FileReader(self._folder / path) as file:
-            if file.size != size:
-                raise MalformedCheckpointError(
-                    f"{quoted(file.name, 300)} changed while it was read",
-                    expected=f"{size} bytes",
-                    got=f"{file.size}",
-                    do="wait until nothing writes to the folder",
-                )
-            raw = file.read(start, stop)
-        with self._lock:
-            self._bytes_read += len(raw)
-        return raw
-
-
-class _FolderReader:
-    """One file of a `FolderFiles`."""
-
-    def __init__(self, files: FolderFiles, path: str, size: int) -> None:
-        self.name = str(files._folder / path)
-        self.size = size
-        self._files = files
-        self._path = path
-
-    def read(self, start: int, stop: int) -> bytes:
-        return self._files._read(self._path, self.size, start, stop)
 
 
 class Checkpoint:
@@ -273,23 +159,13 @@ class Checkpoint:
             ) from None
 
 
-def check_limit(owner: str, path: str, size: int, limit: int) -> None:
-    """Refuse a file that is too large to be read whole."""
-    if size > limit:
-        raise CheckpointError(
-            f"{quoted(path)} of {quoted(owner, 300)} is too large to be what its name says",
-            expected=f"at most {limit} bytes",
-            got=f"{size}",
-        )
-
-
 def _choose(files: Files) -> tuple[list[str], dict[str, str]]:
     """The weight files, and the shard of each tensor where an index promises it."""
     if _WEIGHTS in files.sizes:
         return [_WEIGHTS], {}
     top = [path for path in files.sizes if "/" not in path]
     indexes = [path for path in top if path.endswith(_INDEX_SUFFIX)]
-    singles = [path for path in top if path.endswith(_SUFFIX)]
+    singles = [path for path in top if path.endswith(SUFFIX)]
     known = [path for path in _OTHER_LIBRARIES if path in singles]
     if _INDEX in indexes:
         return _shards(files, _INDEX)
@@ -319,7 +195,7 @@ def _refuse_no_weights(files: Files) -> NoReturn:
             got=_listed(pickles),
             do=_DO_CONVERT,
         )
-    below = [path for path in files.sizes if path.endswith(_SUFFIX)]
+    below = [path for path in files.sizes if path.endswith(SUFFIX)]
     raise NotSafetensorsError(
         f"{quoted(files.name, 300)} has no weights",
         expected=_WEIGHTS,
@@ -349,7 +225,7 @@ def _shards(files: Files, index: str) -> tuple[list[str], dict[str, str]]:
         if not _is_plain(path):
             raise MalformedCheckpointError(
                 f"{where} points outside the repo or at no safetensors file",
-                expected=f"plain names that end in {_SUFFIX}",
+                expected=f"plain names that end in {SUFFIX}",
                 got=quoted(path),
                 do="do not load this model",
             )
@@ -365,7 +241,7 @@ def _is_plain(path: str) -> bool:
     """Whether a path stays inside its folder on every system, and is a safetensors file."""
     parts = path.split("/")
     return (
-        path.endswith(_SUFFIX)
+        path.endswith(SUFFIX)
         and not any(part in ("", ".", "..") for part in parts)
         and not any(sign in path for sign in ("\\", ":", "\0"))
     )
@@ -374,31 +250,6 @@ def _is_plain(path: str) -> bool:
 def _listed(paths: Sequence[str]) -> str:
     shown = ", ".join(quoted(path) for path in sorted(paths)[:6])
     return f"{shown} and {len(paths) - 6} more" if len(paths) > 6 else shown
-
-
-def _list(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The regular files of a folder and ``depth`` levels below; hidden folders are left out."""
-    try:
-        entries = list(folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(
-            f"{quoted(str(folder), 300)} cannot be listed", got=error.strerror
-        ) from None
-    for entry in entries:
-        size = _file_size(entry)
-        if size is not None:
-            yield prefix + entry.name, size
-        elif depth and not entry.name.startswith(".") and entry.is_dir():
-            yield from _list(entry, depth - 1, f"{prefix}{entry.name}/")
-
-
-def _file_size(path: Path) -> int | None:
-    """Bytes in a regular file, links followed; None for anything else."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _map_concurrently(

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_watermark.carriers import Carrier, named_carriers, natural_order
-from hf_watermark.checkpoint import Checkpoint, Files
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.errors import CarrierMissingError, ClaimError
 from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier, Seal, canonical_json
+from hf_watermark.files import Files
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
 from hf_watermark.symmetry import layout_of

@@ -21,7 +21,7 @@ from hf_watermark.carriers import (
     matching,
     named_carriers,
 )
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import CLAIM_LIMIT, make_claim, reference_digests
 from hf_watermark.closed_form import ClosedForm, Mark, Progress
 from hf_watermark.errors import (
@@ -33,6 +33,7 @@ from hf_watermark.errors import (
     SchemeError,
 )
 from hf_watermark.evidence import CLAIM_FILE, Claim
+from hf_watermark.files import FolderFiles
 from hf_watermark.folders import (
     appearing,
     copy_folder,

@@ -24,11 +24,12 @@ from hf_watermark.carriers import (
     choose_carriers,
     named_carriers,
 )
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import locate_carriers, make_claim, reference_digests, reference_tensors
 from hf_watermark.errors import AttachError, CarrierError, ShardedParameterError
 from hf_watermark.evidence import Claim, Seal
 from hf_watermark.extraction import Extraction, Reading
+from hf_watermark.files import FolderFiles
 from hf_watermark.key import OwnerKey
 from hf_watermark.parts import Part, part_of, put_back_shards, refuse_unknown_shards
 from hf_watermark.projected_step import ProjectedStep

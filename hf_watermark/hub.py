@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from hf_watermark.checkpoint import Files, FolderFiles, check_limit
 from hf_watermark.connection import (
     Connection,
     FileMissingError,
@@ -24,6 +23,7 @@ from hf_watermark.connection import (
     TooLongError,
 )
 from hf_watermark.errors import AccessDeniedError, HubError, NetworkGaveUpError
+from hf_watermark.files import Files, FolderFiles, check_limit
 from hf_watermark.safetensors_ranges import Reader, quoted
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from hf_watermark.card import updated_card
-from hf_watermark.checkpoint import Files
 from hf_watermark.errors import WatermarkError
 from hf_watermark.evidence import Claim, Evidence
+from hf_watermark.files import Files
 from hf_watermark.key import OwnerKey
 
 __all__ = ["CARD_FILE", "push_folder", "read_card_text", "write_card", "write_file"]

@@ -28,10 +28,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hf_watermark.checkpoint import Checkpoint, Files, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import FoundClaim, reference_digest, reference_tensors
 from hf_watermark.errors import AlignmentError, CheckpointError, WatermarkError
 from hf_watermark.evidence import Claim
+from hf_watermark.files import Files, FolderFiles
 from hf_watermark.safetensors_ranges import decode_rows, quoted
 from hf_watermark.symmetry import Alignment, Layout, Side, closest, layout_of
 

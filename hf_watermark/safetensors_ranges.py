@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_watermark.errors import CarrierError, CheckpointError, MalformedCheckpointError
+from hf_watermark.errors import CarrierError, MalformedCheckpointError
 
 __all__ = [
     "DTYPE_BITS",
-    "FileReader",
     "Reader",
     "TensorSpan",
     "decode_rows",
@@ -69,68 +65,6 @@ class Reader(Protocol):
 
     def read(self, start: int, stop: int) -> bytes:
         """Read the bytes from ``start`` up to, not including, ``stop``."""
-
-
-class FileReader:
-    """A local file, open until closed; use it as a context manager.
-
-    Args:
-        path: The file.
-        name: What messages call it; its path by default.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
-        self.name = os.fspath(path) if name is None else name
-        self._descriptor = -1
-        try:
-            # A FIFO would block the open for ever, so it is opened without blocking and refused.
-            flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-            self._descriptor = os.open(path, flags)
-            status = os.fstat(self._descriptor)
-        except OSError as error:
-            self.close()
-            raise _unreadable(self.name, error) from None
-        if not stat.S_ISREG(status.st_mode):
-            self.close()
-            raise CheckpointError(f"{quoted(self.name, 300)} is not a regular file")
-        self.size = status.st_size
-
-    def read(self, start: int, stop: int) -> bytes:
-        """Read the bytes from ``start`` up to, not including, ``stop``."""
-        parts = []
-        position = start
-        while position < stop:
-            try:
-                part = os.pread(self._descriptor, stop - position, position)
-            except OSError as error:
-                raise _unreadable(self.name, error) from None
-            if not part:
-                raise MalformedCheckpointError(
-                    f"{quoted(self.name, 300)} is truncated",
-                    expected=f"at least {stop} bytes",
-                    got=f"{position}",
-                    do="copy or download it again",
-                )
-            parts.append(part)
-            position += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def close(self) -> None:
-        """Close the file; closing twice does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> FileReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,11 +371,3 @@ def _no_number(text: str) -> NoReturn:
 
 def _decodable() -> str:
     return f"dtype {', '.join(sorted(_DECODED))}"
-
-
-def _unreadable(name: str, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{quoted(name, 300)} cannot be read",
-        got=error.strerror,
-        do="check the path and its rights",
-    )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_watermark.card import updated_card
-from hf_watermark.checkpoint import FolderFiles
 from hf_watermark.drafts import Drafts
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.errors import (
@@ -29,6 +28,7 @@ from hf_watermark.errors import (
     WatermarkError,
 )
 from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
+from hf_watermark.files import FolderFiles
 from hf_watermark.hub import HubFiles
 from hf_watermark.key import OwnerKey
 from hf_watermark.publish import CARD_FILE, read_card_text, write_card, write_file

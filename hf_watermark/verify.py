@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_watermark.carriers import Carrier, choose_carriers
-from hf_watermark.checkpoint import Checkpoint, Files
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import FoundClaim, check_digests, find_claim
 from hf_watermark.errors import CarrierError, ClaimError, KeyFileError, SchemeError
 from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
+from hf_watermark.files import Files
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 import hf_watermark
 from hf_watermark import Claim, OwnerKey, Scheme
 from hf_watermark.carriers import Carrier, choose_carriers
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import make_claim
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 from hf_watermark.projections import Projection
 
 KEY = OwnerKey(bytes(range(32)), "acme")

@@ -20,8 +20,9 @@ from hf_watermark.carriers import (
     named_carriers,
     natural_order,
 )
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.errors import CarrierError, CarrierMissingError, ModelTooSmallError
+from hf_watermark.files import FolderFiles
 
 
 def each(template: str, *counts: int) -> list[str]:

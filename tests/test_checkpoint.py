@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.errors import (
     CarrierError,
     CarrierMissingError,
@@ -23,6 +23,7 @@ from hf_watermark.errors import (
     MalformedCheckpointError,
     NotSafetensorsError,
 )
+from hf_watermark.files import FolderFiles
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -310,54 +311,3 @@ class TestReading:
         checkpoint = open_at(folder.all({"model.safetensors": save(tensors("a"))}))
         with pytest.raises(CarrierMissingError, match="no tensor 'b'"):
             checkpoint.read_rows("b", 0, 1)
-
-
-class TestFolderFiles:
-    def test_listing(self, folder):
-        path = folder.all(
-            {"a.json": b"1", "sub/b.json": b"22", "sub/deep/c": b"", ".git/config": b"", ".x": b""}
-        )
-        assert FolderFiles(path).sizes == {".x": 0, "a.json": 1, "sub/b.json": 2}
-
-    def test_the_cache_of_huggingface_hub(self, tmp_path):
-        raw = save(tensors("a"))
-        (tmp_path / "blobs").mkdir()
-        (tmp_path / "blobs" / "abc").write_bytes(raw)
-        snapshot = tmp_path / "snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
-        (snapshot / "dangling.safetensors").symlink_to("../../blobs/gone")
-        assert open_at(snapshot).shapes() == {"a": (4, 3)}
-
-    def test_what_is_no_file_is_left_out(self, tmp_path):
-        os.mkfifo(tmp_path / "model.safetensors")
-        with pytest.raises(NotSafetensorsError):
-            open_at(tmp_path)
-
-    @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "missing", "sub"])
-    def test_only_listed_paths(self, folder, path):
-        files = FolderFiles(folder.all({"sub/a": b""}))
-        for read in (files.reader, lambda path: files.read(path, 10)):
-            with pytest.raises(CheckpointError, match="is not in"):
-                read(path)
-
-    def test_read(self, folder):
-        files = FolderFiles(folder.all({"a": b"12345"}))
-        assert files.read("a", 5) == b"12345"
-        assert files.bytes_read == 5
-        with pytest.raises(CheckpointError, match="at most 4 bytes; got 5"):
-            files.read("a", 4)
-
-    def test_a_file_that_changes(self, folder):
-        path = folder.all({"a": b"12345"})
-        reader = FolderFiles(path).reader("a")
-        assert reader.read(1, 3) == b"23"
-        (path / "a").write_bytes(b"1")
-        with pytest.raises(MalformedCheckpointError, match="changed while it was read"):
-            reader.read(1, 3)
-
-    @pytest.mark.parametrize("name", ["missing", "file.txt"])
-    def test_no_model(self, tmp_path, name):
-        (tmp_path / "file.txt").write_text("x")
-        with pytest.raises(CheckpointError, match=r"a folder or a \.safetensors file"):
-            FolderFiles(tmp_path / name)

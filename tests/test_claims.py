@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from hf_watermark import Claim, OwnerKey, Scheme
 from hf_watermark.carriers import Carrier, choose_carriers
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import check_digests, find_claim, locate_carriers, make_claim
 from hf_watermark.errors import (
     CarrierError,
@@ -25,6 +25,7 @@ from hf_watermark.errors import (
     HubError,
 )
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 
 KEY = OwnerKey(bytes(range(32)), "acme")
 SCHEME = Scheme(bits=8)

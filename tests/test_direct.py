@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_watermark import Claim, OwnerKey, Scheme
 from hf_watermark import closed_form as closed_form_module
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.direct import Embedded, embed_checkpoint, scheme_for
 from hf_watermark.errors import (
     CarrierError,
@@ -50,6 +50,7 @@ from hf_watermark.errors import (
 )
 from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.extraction import Extraction
+from hf_watermark.files import FolderFiles
 from hf_watermark.margins import TOLERANCE
 from hf_watermark.projections import Projection
 from hf_watermark.verify import verify_hub_model

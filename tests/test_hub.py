@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from safetensors.numpy import save
 
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.connection import FileMissingError, Patience, TooLongError, refusal
 from hf_watermark.connection import Target as RequestTarget
 from hf_watermark.errors import (
@@ -32,6 +32,7 @@ from hf_watermark.errors import (
     RepoMissingError,
     RevisionMissingError,
 )
+from hf_watermark.files import FolderFiles
 from hf_watermark.hub import HubFiles, first_commit, open_files
 from hf_watermark.transfers import commit_files
 

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 import hf_watermark
 from hf_watermark import OwnerKey, Scheme
 from hf_watermark.carriers import choose_carriers
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import make_claim
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 from hf_watermark.projections import Projection
 
 PACKAGE = Path(hf_watermark.__file__).parent
@@ -37,6 +38,7 @@ LIGHT = (
     "hf_watermark.significance",
     "hf_watermark.evidence",
     "hf_watermark.safetensors_ranges",
+    "hf_watermark.files",
     "hf_watermark.checkpoint",
     "hf_watermark.symmetry",
     "hf_watermark.claims",
@@ -227,6 +229,7 @@ def test_data_flows_one_way():
         "extraction",
         "evidence",
         "safetensors_ranges",
+        "files",
         "checkpoint",
         "symmetry",
         "claims",

@@ -24,9 +24,9 @@ from marked_models import (
 )
 
 from hf_watermark.card import BEGIN, END, without_watermark
-from hf_watermark.checkpoint import FolderFiles
 from hf_watermark.errors import AccessDeniedError, CardConflictError, NetworkGaveUpError
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 from hf_watermark.hub import HubFiles
 from hf_watermark.publish import CARD_FILE, read_card_text, write_card, write_file
 from hf_watermark.verify import verify

@@ -29,9 +29,10 @@ from marked_models import (
 
 from hf_watermark import Scheme
 from hf_watermark.carriers import Carrier
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.errors import CarrierError, CarrierMissingError
 from hf_watermark.extraction import Extraction
+from hf_watermark.files import FolderFiles
 from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, read_suspect
 from hf_watermark.significance import log10_normal_tail

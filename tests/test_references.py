@@ -14,11 +14,12 @@ from marked_models import KEY, LAYERS, THIEF, evidence_of, push, refused, run, s
 from safetensors.torch import save_file
 
 from hf_watermark import Claim
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import make_claim, reference_digests, reference_tensors
 from hf_watermark.direct import embed_checkpoint
 from hf_watermark.errors import CarrierError
 from hf_watermark.evidence import CLAIM_FILE
+from hf_watermark.files import FolderFiles
 from hf_watermark.readings import Plan
 from hf_watermark.scheme import Scheme
 from hf_watermark.verify import verify_hub_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 import tracemalloc
 
@@ -18,12 +17,10 @@ from safetensors.numpy import save
 
 from hf_watermark.errors import (
     CarrierError,
-    CheckpointError,
     MalformedCheckpointError,
 )
 from hf_watermark.safetensors_ranges import (
     DTYPE_BITS,
-    FileReader,
     TensorSpan,
     decode_rows,
     quoted,
@@ -400,35 +397,3 @@ def test_a_huge_file_costs_only_its_header():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
-
-
-class TestFileReader:
-    def test_reads(self, tmp_path):
-        path = tmp_path / "f"
-        path.write_bytes(bytes(range(100)))
-        with FileReader(path) as reader:
-            assert (reader.name, reader.size) == (str(path), 100)
-            assert reader.read(10, 20) == bytes(range(10, 20))
-            assert reader.read(5, 5) == b""
-        reader.close()
-        assert FileReader(path, "shown").name == "shown"
-
-    def test_truncated_while_open(self, tmp_path):
-        path = tmp_path / "f"
-        path.write_bytes(bytes(100))
-        with FileReader(path) as reader:
-            os.truncate(path, 40)
-            with pytest.raises(
-                MalformedCheckpointError, match="truncated; expected at least 50 bytes; got 40"
-            ):
-                reader.read(30, 50)
-
-    def test_missing(self, tmp_path):
-        with pytest.raises(CheckpointError, match="No such file"):
-            FileReader(tmp_path / "f")
-
-    def test_what_is_no_file(self, tmp_path):
-        os.mkfifo(tmp_path / "pipe")
-        for path in (tmp_path, tmp_path / "pipe"):
-            with pytest.raises(CheckpointError, match="not a regular file"):
-                FileReader(path)

@@ -15,11 +15,12 @@ from threadpoolctl import threadpool_info
 
 from hf_watermark import Scheme, scan
 from hf_watermark.carriers import Carrier, choose_carriers
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.direct import embed_checkpoint
 from hf_watermark.errors import CarrierError, ClaimError, KeyFileError, SchemeError
 from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.extraction import Extraction
+from hf_watermark.files import FolderFiles
 from hf_watermark.projections import Projection
 from hf_watermark.scan import Lineup, trace
 from hf_watermark.significance import corrected, log10_normal_tail

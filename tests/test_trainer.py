@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_watermark import OwnerKey, Scheme
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
+from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import check_digests
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.errors import (
@@ -47,6 +47,7 @@ from hf_watermark.errors import (
     ModelTooSmallError,
 )
 from hf_watermark.evidence import CLAIM_FILE, Claim
+from hf_watermark.files import FolderFiles
 from hf_watermark.trainer import WatermarkTrainer
 from hf_watermark.verify import verify_hub_model
 
