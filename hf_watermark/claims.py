@@ -1,12 +1,9 @@
-"""Making a claim about a checkpoint, finding the claim that a suspect should be read by."""
+"""A claim made about a checkpoint: the carriers in it, their digests, what aligns them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,24 +11,19 @@ import numpy.typing as npt
 from hf_watermark.carriers import Carrier, named_carriers, natural_order
 from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.errors import CarrierMissingError, ClaimError
-from hf_watermark.evidence import CLAIM_FILE, Claim, ClaimedCarrier, Seal, canonical_json
-from hf_watermark.files import Files
+from hf_watermark.evidence import Claim, ClaimedCarrier, Seal, canonical_json
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
 from hf_watermark.symmetry import layout_of
 
 __all__ = [
-    "FoundClaim",
     "check_digests",
-    "find_claim",
     "locate_carriers",
     "make_claim",
     "reference_digest",
     "reference_digests",
     "reference_tensors",
 ]
-
-CLAIM_LIMIT = 4 * 2**20
 
 
 def make_claim(
@@ -192,75 +184,3 @@ def check_digests(checkpoint: Checkpoint, claim: Claim) -> int:
                 do="verify with --key: a changed copy still carries the mark",
             )
     return len(claim.carriers)
-
-
-@dataclass(frozen=True)
-class FoundClaim:
-    """A claim with a signature that fits, and where it was found.
-
-    Attributes:
-        claim: The claim.
-        files: The repo or folder it lies in; None if it was given as a file or an object.
-        path: The file that holds it there.
-    """
-
-    claim: Claim
-    files: Files | None
-    path: str = CLAIM_FILE
-
-
-def find_claim(
-    suspect: Files,
-    given: Claim | str | os.PathLike[str] | None,
-    token: str | bool | None,
-    fingerprint: str | None = None,
-) -> FoundClaim | None:
-    """The claim that was given, else the suspect's own; its signature is checked.
-
-    A second owner's mark moves the first one's claim to `watermark-FINGERPRINT.json`: that of the
-    key in hand goes before `watermark.json`.
-
-    Args:
-        suspect: The repo or folder that is verified.
-        given: A claim, a file, a folder, a repo id, or None.
-        token: For the Hub.
-        fingerprint: Of the key in hand, if there is one.
-
-    Raises:
-        ClaimError: If it is missing where it was said to be, unreadable, or edited.
-    """
-    if isinstance(given, Claim):
-        given.check("the claim that was passed")
-        return FoundClaim(given, None)
-    if given is not None and os.path.isfile(given):
-        return FoundClaim(_read_file(Path(given)), None)
-    files = suspect
-    if given is not None:
-        from hf_watermark.hub import open_files
-
-        files = open_files(given, None, token)
-    moved = f"watermark-{fingerprint}.json"
-    path = moved if moved in files.sizes else CLAIM_FILE
-    if path not in files.sizes:
-        if given is None:
-            return None
-        raise ClaimError(
-            f"There is no claim in {files.name}",
-            expected=CLAIM_FILE,
-            got=f"{len(files.sizes)} other files",
-            do="pass the owner's copy of the claim with --claim",
-        )
-    claim = Claim.from_bytes(files.read(path, CLAIM_LIMIT), files.name)
-    claim.check(files.name)
-    return FoundClaim(claim, files, path)
-
-
-def _read_file(path: Path) -> Claim:
-    try:
-        with open(path, "rb") as file:
-            content = file.read(CLAIM_LIMIT + 1)
-    except OSError as error:
-        raise ClaimError(f"The claim {path} cannot be read", got=error.strerror) from None
-    claim = Claim.from_bytes(content, str(path))
-    claim.check(str(path))
-    return claim

@@ -22,7 +22,7 @@ from hf_watermark.carriers import (
     named_carriers,
 )
 from hf_watermark.checkpoint import Checkpoint
-from hf_watermark.claims import CLAIM_LIMIT, make_claim, reference_digests
+from hf_watermark.claims import make_claim, reference_digests
 from hf_watermark.closed_form import ClosedForm, Mark, Progress
 from hf_watermark.errors import (
     CarrierError,
@@ -41,6 +41,7 @@ from hf_watermark.folders import (
     holds_weights,
     source_folder,
 )
+from hf_watermark.found_claims import CLAIM_LIMIT
 from hf_watermark.key import OwnerKey
 from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme

@@ -29,19 +29,56 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_watermark.checkpoint import Checkpoint
-from hf_watermark.claims import FoundClaim, reference_digest, reference_tensors
+from hf_watermark.claims import reference_digest, reference_tensors
 from hf_watermark.errors import AlignmentError, CheckpointError, WatermarkError
 from hf_watermark.evidence import Claim
 from hf_watermark.files import Files, FolderFiles
+from hf_watermark.found_claims import FoundClaim
+from hf_watermark.key import OwnerKey
 from hf_watermark.safetensors_ranges import decode_rows, quoted
-from hf_watermark.symmetry import Alignment, Layout, Side, closest, layout_of
+from hf_watermark.symmetry import Alignment, Layout, Side, closest, layout_of, layouts_of
 
-__all__ = ["Aligner", "reference_files"]
+__all__ = ["Aligner", "aligner_of"]
 
 _ROOM = 2**28  # bytes of one tensor of the reference; 256 MiB
 
 
-def reference_files(
+def aligner_of(
+    checkpoint: Checkpoint,
+    reader: OwnerKey,
+    found: FoundClaim | None,
+    given: Claim | str | os.PathLike[str] | None,
+) -> tuple[Aligner | None, str]:
+    """What can undo disguises, or why nothing can; nothing is read for it yet.
+
+    Args:
+        checkpoint: The suspect.
+        reader: The key that it is read with.
+        found: The claim that it is read by, if there is one.
+        given: What was passed as the claim.
+    """
+    only = "Only the raw weights were read: "
+    layouts = layouts_of(checkpoint.shapes())
+    if not layouts:
+        return None, f"{only}disguises of this architecture cannot be undone."
+    original = _reference_files(found, given, checkpoint.files)
+    if found is None or original is None:
+        return None, (
+            f"{only}to undo disguises too, pass the repo or folder of the owner's original "
+            "with --claim."
+        )
+    if not any(claimed.reference for claimed in found.claim.carriers):
+        return None, (
+            f"{only}the claim fixes nothing to compare disguised weights with, as a mark that was "
+            "trained and not sealed cannot; one in closed form can (hf-watermark embed, with "
+            "another key)."
+        )
+    if found.claim.seal is not None and not found.claim.commits_to(reader):
+        return None, f"{only}the original was trained with its mark, and the seal is its owner's."
+    return Aligner(original, found.claim, checkpoint, layouts), ""
+
+
+def _reference_files(
     found: FoundClaim | None, given: Claim | str | os.PathLike[str] | None, suspect: Files
 ) -> Files | None:
     """Where the owner's original lies, by where his claim does; None if that is not known.

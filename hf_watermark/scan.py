@@ -17,10 +17,10 @@ import numpy as np
 
 from hf_watermark.carriers import Carrier
 from hf_watermark.checkpoint import Checkpoint
-from hf_watermark.claims import find_claim
 from hf_watermark.errors import SchemeError
 from hf_watermark.evidence import Claim
 from hf_watermark.extraction import Extraction, Rows
+from hf_watermark.found_claims import find_claim
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Doubles, Floats, Projection
 from hf_watermark.readings import Plan

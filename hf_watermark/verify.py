@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from hf_watermark.carriers import Carrier, choose_carriers
 from hf_watermark.checkpoint import Checkpoint
-from hf_watermark.claims import FoundClaim, check_digests, find_claim
+from hf_watermark.claims import check_digests
 from hf_watermark.errors import CarrierError, ClaimError, KeyFileError, SchemeError
 from hf_watermark.evidence import CLAIM_FILE, Claim, Evidence
 from hf_watermark.files import Files
+from hf_watermark.found_claims import FoundClaim, committed_at, find_claim, usable_claim
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Projection
 from hf_watermark.readings import Plan, Progress, read_suspect
-from hf_watermark.references import Aligner, reference_files
+from hf_watermark.references import Aligner, aligner_of
 from hf_watermark.scheme import Scheme
-from hf_watermark.symmetry import layouts_of
 
 if TYPE_CHECKING:
     from hf_watermark.softlabels.probes import Probes
@@ -194,15 +194,15 @@ def verify(
     original: Files | None = None
     with ThreadPoolExecutor(1) as background:
         if key is None:
-            commit = background.submit(_committed_at, found)
+            commit = background.submit(committed_at, found)
             common |= _public_checks(checkpoint, found)
         else:
             reader = key if recipient is None else key.for_recipient(recipient)
-            found, notes = _usable(found, (key, reader), claim is not None)
-            commit = background.submit(_committed_at, found)
+            found, notes = usable_claim(found, (key, reader), claim is not None)
+            commit = background.submit(committed_at, found)
             aligner, why_not = None, ""
             if align == "auto":
-                aligner, why_not = _aligner(checkpoint, reader, found, claim)
+                aligner, why_not = aligner_of(checkpoint, reader, found, claim)
                 original = None if aligner is None else aligner.files
             outcome, note = _read(checkpoint, reader, found, alpha, read, progress, aligner)
             common |= outcome
@@ -260,84 +260,6 @@ def _check_readings(align: str, read: str) -> None:
         raise SchemeError("Unknown read", expected="auto or all", got=repr(read))
 
 
-def _usable(
-    found: FoundClaim | None, keys: tuple[OwnerKey, OwnerKey], given: bool
-) -> tuple[FoundClaim | None, tuple[str, ...]]:
-    """The claim to read by, if it is the owner's or the recipient's copy's.
-
-    A foreign one that was asked for is an error.
-    """
-    if found is None:
-        return None, ("The repo holds no claim: the default carriers were read.",)
-    signer = next((key for key in keys if found.claim.commits_to(key)), None)
-    if signer is None:
-        if given:
-            raise ClaimError(
-                "The claim does not belong to this key",
-                expected=f"the commitment {keys[0].commitment[:16]}...",
-                got=f"{found.claim.commitment[:16]}...",
-                do="pass the claim of this key's owner, or the other key",
-            )
-        return None, ("The repo's claim commits to another key: the default carriers were read.",)
-    where = "the owner's copy" if given else found.files.name if found.files else "the repo"
-    found.claim.check_secret_carriers(signer, where)
-    if found.claim.hides_carriers:
-        raise ClaimError(
-            "The public claim does not name its carriers",
-            expected="the owner's own copy, which does",
-            do="pass it with --claim FILE",
-        )
-    return found, ()
-
-
-def _committed_at(found: FoundClaim | None) -> str | None:
-    """The commit that first published a claim of the same key where this one was found."""
-    if found is None or found.files is None or found.files.revision is None:
-        return None
-    from hf_watermark.hub import HubFiles, first_commit
-
-    identity = (found.claim.public_key, found.claim.commitment)
-
-    def is_theirs(content: bytes) -> bool:
-        try:
-            claim = Claim.from_bytes(content, CLAIM_FILE)
-            claim.check(CLAIM_FILE)
-        except ClaimError:
-            return False
-        return (claim.public_key, claim.commitment) == identity
-
-    assert isinstance(found.files, HubFiles)  # a folder has no revision
-    return first_commit(found.files, found.path, is_theirs)
-
-
-def _aligner(
-    checkpoint: Checkpoint,
-    reader: OwnerKey,
-    found: FoundClaim | None,
-    given: Claim | str | os.PathLike[str] | None,
-) -> tuple[Aligner | None, str]:
-    """What can undo disguises, or why nothing can; nothing is read for it yet."""
-    only = "Only the raw weights were read: "
-    layouts = layouts_of(checkpoint.shapes())
-    if not layouts:
-        return None, f"{only}disguises of this architecture cannot be undone."
-    original = reference_files(found, given, checkpoint.files)
-    if found is None or original is None:
-        return None, (
-            f"{only}to undo disguises too, pass the repo or folder of the owner's original "
-            "with --claim."
-        )
-    if not any(claimed.reference for claimed in found.claim.carriers):
-        return None, (
-            f"{only}the claim fixes nothing to compare disguised weights with, as a mark that was "
-            "trained and not sealed cannot; one in closed form can (hf-watermark embed, with "
-            "another key)."
-        )
-    if found.claim.seal is not None and not found.claim.commits_to(reader):
-        return None, f"{only}the original was trained with its mark, and the seal is its owner's."
-    return Aligner(original, found.claim, checkpoint, layouts), ""
-
-
 def _read(
     checkpoint: Checkpoint,
     key: OwnerKey,
@@ -391,7 +313,7 @@ def what_to_read(
         ClaimError: If the claim does not belong to the key, or does not name its carriers.
         CarrierError: If there is no claim and the default rule finds no carriers.
     """
-    usable, _ = _usable(found, (key, key), given)
+    usable, _ = usable_claim(found, (key, key), given)
     return _scheme_and_carriers(checkpoint, usable)
 
 
