@@ -11,6 +11,7 @@ __all__ = [
     "AlignmentError",
     "AttachError",
     "CardConflictError",
+    "CardError",
     "CarrierError",
     "CarrierMissingError",
     "CheckpointError",
@@ -135,6 +136,10 @@ class NetworkGaveUpError(HubError):
 
 class CardConflictError(HubError):
     """The model card changed between reading and writing."""
+
+
+class CardError(WatermarkError):
+    """A model card cannot be edited without harm to the user's text."""
 
 
 class SoftLabelError(WatermarkError):

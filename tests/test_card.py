@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from hf_watermark.card import (
     BEGIN,
     END,
-    CardError,
     read_card,
     updated_card,
     without_watermark,
 )
-from hf_watermark.errors import WatermarkError
+from hf_watermark.errors import CardError, WatermarkError
 from hf_watermark.evidence import CLAIM_FORMAT, Claim, ClaimedCarrier, Evidence
 from hf_watermark.key import OwnerKey
 from hf_watermark.scheme import Scheme
@@ -260,25 +259,6 @@ def test_laws_for_every_form_of_tags(tags, around, line_break):
     lines = iter(update(text).split(line_break))
     if not isinstance(old.get("tags"), str | int) and "~" not in tags and "[" not in tags:
         assert all(line in lines for line in kept)  # an ordered subset
-
-
-@pytest.mark.parametrize(
-    ("tags", "expected"),
-    [
-        ("tags: [a, b]  # c\n", "tags: [a, b, watermark]  # c\n"),
-        ("tags: []\n", "tags: [watermark]\n"),
-        ("tags:\n- a # c\n", "tags:\n- a # c\n- watermark\n"),
-        ("tags:\n    - 'a'\n", "tags:\n    - 'a'\n    - 'watermark'\n"),
-        ("tags:\nb: 1\n", "tags:\n- watermark\nb: 1\n"),
-        ("tags: a # c\n", "tags: # hf-watermark: was a # c\n- a\n- watermark\n"),
-        ("tags: ~\n", "tags: # hf-watermark: was ~\n- watermark\n"),
-        ("tags:\n- watermark\n- b\n", "tags:\n- watermark\n- b\n"),
-        ("tags: watermark\n", "tags: watermark\n"),
-    ],
-)
-def test_tags_keep_their_style(tags, expected):
-    card = update(f"---\n{tags}---\n")
-    assert card.startswith(f"---\n{expected}watermark:\n  format: hf-watermark/1\n")
 
 
 def test_second_run_replaces_in_place():

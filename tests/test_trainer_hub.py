@@ -32,10 +32,10 @@ from test_trainer import (
 from threadpoolctl import threadpool_limits
 
 from hf_watermark import OwnerKey, Scheme
-from hf_watermark.card import BEGIN, END, CardError, read_card, without_watermark
+from hf_watermark.card import BEGIN, END, read_card, without_watermark
 from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import check_digests
-from hf_watermark.errors import NetworkGaveUpError, RepoMissingError
+from hf_watermark.errors import CardError, NetworkGaveUpError, RepoMissingError
 from hf_watermark.evidence import CLAIM_FILE, Claim
 from hf_watermark.hub import HubFiles
 from hf_watermark.trainer import WatermarkTrainer
