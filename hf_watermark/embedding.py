@@ -18,28 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_watermark.carriers import (
-    Carrier,
-    check_capacity,
-    choose_carriers,
-    named_carriers,
-)
 from hf_watermark.checkpoint import Checkpoint
 from hf_watermark.claims import locate_carriers, make_claim, reference_digests, reference_tensors
-from hf_watermark.errors import AttachError, CarrierError, ShardedParameterError
+from hf_watermark.errors import AttachError, ShardedParameterError
 from hf_watermark.evidence import Claim, Seal
 from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.files import FolderFiles
 from hf_watermark.key import OwnerKey
-from hf_watermark.parts import Part, part_of, put_back_shards, refuse_unknown_shards
+from hf_watermark.module_carriers import carriers_of, parts_of
+from hf_watermark.parts import Part, put_back_shards
 from hf_watermark.projected_step import ProjectedStep
 from hf_watermark.projections import Floats, Projection
 from hf_watermark.scheme import Scheme
 from hf_watermark.sealing import put_on
-from hf_watermark.wrappers import plain_parameters, unwrapped, unwrapped_parameters
-from hf_watermark.zero_parts import shape_of, whole_parts, zero_part_of
+from hf_watermark.wrappers import plain_parameters, unwrapped
+from hf_watermark.zero_parts import shape_of, whole_parts
 
-__all__ = ["Measurement", "WatermarkLoss", "unwrapped_parameters"]
+__all__ = ["Measurement", "WatermarkLoss"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,21 +116,8 @@ class WatermarkLoss:
         self.scheme = Scheme() if scheme is None else scheme
         self.every = every
         self.steps = 0
-        refuse_unknown_shards(model)
-        put_back_shards(model)
-        plain = plain_parameters(model)
-        named = plain if carriers is None else {**unwrapped_parameters(model), **plain}
-        shapes = {name: shape_of(parameter) for name, parameter in named.items()}
         self.secret_carriers = carriers is not None
-        self.carriers: tuple[Carrier, ...] = (
-            choose_carriers(shapes) if carriers is None else named_carriers(shapes, carriers)
-        )
-        check_capacity(self.carriers, self.scheme)
-        for carrier in self.carriers:
-            _refuse_unusable(carrier, named[carrier.name])
-        trainable = [carrier for carrier in self.carriers if named[carrier.name].requires_grad]
-        if len(trainable) < len(self.carriers):
-            _refuse_frozen(self.carriers, trainable, self.scheme, chosen=carriers is None)
+        self.carriers = carriers_of(model, self.scheme, carriers)
         self.projection = Projection(key, self.scheme, self.carriers)
         self._projected = ProjectedStep(self.projection, self.carriers)
         self._seal: Seal | None = None
@@ -146,20 +128,7 @@ class WatermarkLoss:
     @property
     def _parts(self) -> list[Part]:
         """The carriers, looked up anew: sharding and converting put others in their place."""
-        refuse_unknown_shards(self.model)
-        parameters = {**unwrapped_parameters(self.model), **plain_parameters(self.model)}
-        found = []
-        for carrier in self.carriers:
-            parameter = parameters.get(carrier.name)
-            if parameter is None or shape_of(parameter) != carrier.shape:
-                raise AttachError(
-                    f"The model has changed since {carrier.name[:120]!r} became a carrier",
-                    expected=f"a parameter of shape {list(carrier.shape)}",
-                    got="none" if parameter is None else f"{list(shape_of(parameter))}",
-                    do="attach after everything that wraps or changes the model",
-                )
-            found.append(zero_part_of(carrier, parameter) or part_of(carrier, parameter))
-        return found
+        return parts_of(self.model, self.carriers)
 
     def attach(self) -> None:
         """Start marking; the constructor does it.
@@ -401,36 +370,3 @@ def _is_accumulating() -> bool:
     """Whether accelerate lets an optimizer's step pass without effect now."""
     accelerate = sys.modules.get("accelerate.state")
     return accelerate is not None and not accelerate.GradientState().sync_gradients
-
-
-def _refuse_unusable(carrier: Carrier, parameter: nn.Parameter) -> None:
-    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-        raise CarrierError(
-            f"The carrier {carrier.name[:120]!r} cannot be marked",
-            expected="float16, bfloat16, float32 or float64",
-            got=str(parameter.dtype),
-            do="name other carriers",
-        )
-    if parameter.is_meta:
-        raise CarrierError(
-            f"The carrier {carrier.name[:120]!r} has no weights yet",
-            expected="a model that is initialised or loaded",
-            got="a parameter on the meta device",
-        )
-
-
-def _refuse_frozen(
-    carriers: Sequence[Carrier], trainable: Sequence[Carrier], scheme: Scheme, *, chosen: bool
-) -> None:
-    frozen = next(carrier for carrier in carriers if carrier not in trainable)
-    enough = trainable and sum(c.weights for c in trainable) >= scheme.bits
-    if chosen and enough:
-        check_capacity(trainable, scheme)
-        return
-    raise CarrierError(
-        f"The carrier {frozen.name[:120]!r} is frozen",
-        expected="a parameter with requires_grad=True",
-        got=f"{len(trainable)} of {len(carriers)} carriers that train",
-        do="unfreeze it, name carriers that train (with peft: list them in modules_to_save), or "
-        "mark the saved and merged checkpoint with embed_checkpoint",
-    )
