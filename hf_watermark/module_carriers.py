@@ -10,6 +10,7 @@ from hf_watermark.carriers import (
     Carrier,
     check_capacity,
     choose_carriers,
+    matching,
     named_carriers,
 )
 from hf_watermark.errors import AttachError, CarrierError
@@ -29,8 +30,8 @@ def carriers_of(
     Args:
         model: The module, wrapped or not.
         scheme: What they must hold.
-        names: The user's choice; None chooses, and of those chosen the frozen ones stay as they
-            are, if the others can carry their share.
+        names: The user's choice, names or patterns; None chooses, and of those chosen the frozen
+            ones stay as they are, if the others can carry their share.
 
     Raises:
         ModelTooSmallError: If they cannot hold the scheme's bits.
@@ -42,7 +43,11 @@ def carriers_of(
     plain = plain_parameters(model)
     named = plain if names is None else {**unwrapped_parameters(model), **plain}
     shapes = {name: shape_of(parameter) for name, parameter in named.items()}
-    carriers = choose_carriers(shapes) if names is None else named_carriers(shapes, names)
+    if names is None:
+        carriers = choose_carriers(shapes)
+    else:  # a pattern stands for a parameter by the name that its checkpoint has
+        own = {name: shapes[name] for name in plain}
+        carriers = named_carriers(shapes, matching(own, names))
     check_capacity(carriers, scheme)
     for carrier in carriers:
         _refuse_unusable(carrier, named[carrier.name])

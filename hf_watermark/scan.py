@@ -17,18 +17,19 @@ import numpy as np
 
 from hf_watermark.carriers import Carrier
 from hf_watermark.checkpoint import Checkpoint
-from hf_watermark.errors import SchemeError
+from hf_watermark.errors import AlignmentError, SchemeError
 from hf_watermark.evidence import Claim
 from hf_watermark.extraction import Extraction, Rows
-from hf_watermark.found_claims import find_claim
+from hf_watermark.found_claims import find_claim, usable_claim
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Doubles, Floats, Projection
-from hf_watermark.readings import Plan
+from hf_watermark.readings import Align, Plan
+from hf_watermark.references import aligner_of
 from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
 from hf_watermark.significance import corrected, log10_normal_tail
 from hf_watermark.threads import one_thread
-from hf_watermark.verify import DEFAULT_ALPHA, check_alpha, check_key, what_to_read
+from hf_watermark.verify import DEFAULT_ALPHA, check_align, check_alpha, check_key, what_to_read
 
 __all__ = ["Lineup", "Trace", "trace"]
 
@@ -52,9 +53,11 @@ class Trace:
             all recipients and looks.
         alpha: The chance of a false name that was accepted.
         tries: Recipients times looks.
+        reading: `raw`, or `aligned` where disguises were undone first.
         runner_up_log10_p: The same for the next best recipient; None if there is only one.
         bytes_read: Bytes fetched.
         seconds: Wall time.
+        note: Why disguises were not undone, if nobody was named and they were not.
     """
 
     repo: str
@@ -63,9 +66,11 @@ class Trace:
     log10_p: float
     alpha: float
     tries: int
+    reading: str
     runner_up_log10_p: float | None
     bytes_read: int
     seconds: float
+    note: str = ""
 
     @property
     def found(self) -> bool:
@@ -89,6 +94,7 @@ def trace(
     *,
     claim: Claim | str | os.PathLike[str] | None = None,
     alpha: float = DEFAULT_ALPHA,
+    align: str = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
     executor: Executor | None = None,
@@ -105,6 +111,8 @@ def trace(
         recipients: The names that copies were marked for.
         claim: As in `verify_hub_model`.
         alpha: The chance of a false name that is accepted, all recipients and looks counted.
+        align: As in `verify_hub_model`: `auto` undoes disguises if the raw weights name nobody and
+            `claim` leads to the owner's original, marked in closed form.
         revision: Of a repo.
         token: For the Hub.
         executor: Where recipients are judged; threads by default. (A key is never pickled, so a
@@ -120,22 +128,36 @@ def trace(
     started = time.perf_counter()
     check_key(key)
     check_alpha(alpha)
+    check_align(align)
     _check_names(recipients)
     files = open_files(repo, revision, token)
-    found = find_claim(files, claim, token, key.fingerprint)
     checkpoint = Checkpoint.open(files)
-    scheme, carriers = what_to_read(checkpoint, found, key, given=claim is not None)
-    lineup = Lineup(checkpoint, key, recipients, scheme, carriers)
+    found, _ = usable_claim(
+        find_claim(files, claim, token, key.fingerprint), (key, key), claim is not None
+    )
+    scheme, carriers = what_to_read(checkpoint, found)
+    aligner, note = None, ""
+    aligned: tuple[int, ...] = ()
+    if align == "auto":
+        aligner, note = aligner_of(checkpoint, key.for_recipient(recipients[0]), found, claim)
+    if aligner is not None and found is not None:
+        aligned = tuple(i for i, one in enumerate(found.claim.carriers) if one.reference)
+    undo = None if aligner is None else aligner.carrier
+    lineup = Lineup(checkpoint, key, recipients, scheme, carriers, aligned, undo)
     best = np.full(len(recipients), math.inf)
+    reading = "raw"
     with one_thread(), contextlib.ExitStack() as stack:
         pool = executor or stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
         for softs in lineup.looks(pool, progress):
             tails = [corrected(log10_normal_tail(soft), lineup.tries) for soft in softs]
             best = np.minimum(best, tails)
             if best.min() <= math.log10(alpha):
+                reading = "aligned" if lineup.is_aligned else "raw"
                 break
     order = np.argsort(best, kind="stable")
     named = best[order[0]] <= math.log10(alpha)
+    others = (None if found is None else found.files, None if aligner is None else aligner.files)
+    sources = {id(one): one for one in (files, *others) if one is not None}
     return Trace(
         repo=files.name,
         revision=files.revision,
@@ -143,9 +165,11 @@ def trace(
         log10_p=float(best[order[0]]),
         alpha=alpha,
         tries=lineup.tries,
+        reading=reading,
         runner_up_log10_p=float(best[order[1]]) if len(order) > 1 else None,
-        bytes_read=files.bytes_read,
+        bytes_read=sum(one.bytes_read for one in sources.values()),
         seconds=time.perf_counter() - started,
+        note="" if named else note or lineup.note,
     )
 
 
@@ -158,10 +182,12 @@ class Lineup:
         recipients: Names.
         scheme: By which copies were marked.
         carriers: In which tensors.
+        aligned: Positions of those that are read once more, at a last look, with disguises undone.
+        align: Gives their weights then.
 
     Raises:
         SchemeError: If bits decide in the scheme, or the suspect has none of the carriers under
-            their names.
+            their names, and none to align.
     """
 
     def __init__(
@@ -171,21 +197,26 @@ class Lineup:
         recipients: Sequence[str],
         scheme: Scheme,
         carriers: Sequence[Carrier],
+        aligned: Sequence[int] = (),
+        align: Align | None = None,
     ) -> None:
-        plan = Plan.make(carriers, checkpoint.shapes(), progressive=False)
-        if scheme.decides != "soft" or not plan.assignments:
+        plan = Plan.make(carriers, checkpoint.shapes(), progressive=False, aligned=aligned)
+        if scheme.decides != "soft" or not (plan.assignments or aligned):
             raise SchemeError("Recipients are traced by the soft statistic in whole models only")
         self._checkpoint = checkpoint
         self._keys = [key.for_recipient(name) for name in recipients]
         self._scheme = scheme
         self._carriers = plan.carriers
-        self._names = dict(plan.assignments[0])
+        self._names = dict(plan.assignments[0]) if plan.assignments else {}
         self._looks = _looks(plan.carriers, self._names)
+        self._aligned, self._align = tuple(aligned), align
+        self.is_aligned = False  # whether the look that was yielded last is
+        self.note = ""  # why carriers could not be aligned
 
     @property
     def tries(self) -> int:
         """Recipients times looks."""
-        return len(self._keys) * len(self._looks)
+        return len(self._keys) * (len(self._looks) + bool(self._aligned))
 
     def looks(self, pool: Executor, progress: Progress | None = None) -> Iterator[Doubles]:
         """The soft statistics of all recipients, look by look.
@@ -203,7 +234,7 @@ class Lineup:
         """
         held: dict[int, Floats] = {}  # what was read of carriers that are not complete yet
         sums: dict[int, Doubles] = {}  # of those that are: (recipients, 2)
-        planned = len(self._keys) * sum(map(len, self._looks))
+        planned = len(self._keys) * (sum(map(len, self._looks)) + len(self._aligned))
         done = 0
         for look in self._looks:
             totals = np.zeros((len(self._keys), 2))
@@ -212,18 +243,48 @@ class Lineup:
                     totals += sums[i]
                 else:
                     w = self._read(i, rows, held.pop(i, None))
-                    parts: list[tuple[float, float]] = []
-                    for some in pool.map(self._judge(i, w), _batches(self._keys)):
-                        parts += some
-                        if progress is not None:
-                            progress(done + len(parts), planned)
-                    totals += parts
+                    judged = self._judged(i, w, pool, progress, done, planned)
+                    totals += judged
                     if rows == self._carriers[i].rows:
-                        sums[i] = np.array(parts)
+                        sums[i] = judged
                     else:
                         held[i] = w
                 done += len(self._keys)
             yield _soft(totals)
+        if self._align is not None and self._aligned:
+            totals = np.zeros((len(self._keys), 2))
+            problem: AlignmentError | None = None
+            for i in self._aligned:
+                try:
+                    _, w = self._align(i)
+                except AlignmentError as error:
+                    problem = problem or error
+                else:
+                    totals += self._judged(i, w, pool, progress, done, planned)
+                done += len(self._keys)
+            if problem is not None:
+                if not self._looks and not totals.any():
+                    raise problem
+                self.note = str(problem)
+            self.is_aligned = True
+            yield _soft(totals)
+
+    def _judged(
+        self,
+        i: int,
+        w: Floats,
+        pool: Executor,
+        progress: Progress | None,
+        done: int,
+        planned: int,
+    ) -> Doubles:
+        """All recipients' sums in one carrier, (recipients, 2)."""
+        parts: list[tuple[float, float]] = []
+        for some in pool.map(self._judge(i, w), _batches(self._keys)):
+            parts += some
+            if progress is not None:
+                progress(done + len(parts), planned)
+        return np.array(parts)
 
     def _read(self, i: int, rows: int, before: Floats | None) -> Floats:
         columns = self._carriers[i].columns
@@ -284,6 +345,8 @@ def _check_names(recipients: Sequence[str]) -> None:
 
 def _looks(carriers: Sequence[Carrier], names: dict[int, str]) -> list[dict[int, int]]:
     """Rows of each carrier to take: enough of the first ones, then everything."""
+    if not names:
+        return []
     first: dict[int, int] = {}
     left = _FIRST_LOOK
     for i in names:

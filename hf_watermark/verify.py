@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_ALPHA",
     "Verification",
+    "check_align",
     "check_alpha",
     "check_key",
     "verify",
@@ -185,7 +186,8 @@ def verify(
     if key is not None:
         check_key(key)
     check_alpha(alpha)
-    _check_readings(align, read)
+    check_align(align)
+    _check_read(read)
     files = open_files(repo, revision, token)
     found = find_claim(files, claim, token, None if key is None else key.fingerprint)
     checkpoint = Checkpoint.open(files)
@@ -253,9 +255,17 @@ def check_alpha(alpha: float) -> None:
         )
 
 
-def _check_readings(align: str, read: str) -> None:
+def check_align(align: str) -> None:
+    """Refuse what is no way to align.
+
+    Raises:
+        SchemeError: Unless it is `auto` or `never`.
+    """
     if align not in ("auto", "never"):
         raise SchemeError("Unknown align", expected="auto or never", got=repr(align))
+
+
+def _check_read(read: str) -> None:
     if read not in ("auto", "all"):
         raise SchemeError("Unknown read", expected="auto or all", got=repr(read))
 
@@ -269,7 +279,7 @@ def _read(
     progress: Progress | None,
     aligner: Aligner | None,
 ) -> tuple[dict[str, Any], str]:
-    scheme, carriers = _scheme_and_carriers(checkpoint, found)
+    scheme, carriers = what_to_read(checkpoint, found)
     progressive = read == "auto" and scheme.statistic == "spread"
     aligned: tuple[int, ...] = ()
     if aligner is not None and found is not None:
@@ -299,27 +309,17 @@ def _read(
 
 
 def what_to_read(
-    checkpoint: Checkpoint, found: FoundClaim | None, key: OwnerKey, *, given: bool
+    checkpoint: Checkpoint, found: FoundClaim | None
 ) -> tuple[Scheme, tuple[Carrier, ...]]:
     """The scheme and the carriers that a suspect is read by.
 
     Args:
         checkpoint: The suspect.
-        found: The claim that was found, whoever's it is.
-        key: The owner's.
-        given: Whether the claim was asked for; a foreign one is then an error.
+        found: The claim to read by; None takes the default ones.
 
     Raises:
-        ClaimError: If the claim does not belong to the key, or does not name its carriers.
         CarrierError: If there is no claim and the default rule finds no carriers.
     """
-    usable, _ = usable_claim(found, (key, key), given)
-    return _scheme_and_carriers(checkpoint, usable)
-
-
-def _scheme_and_carriers(
-    checkpoint: Checkpoint, found: FoundClaim | None
-) -> tuple[Scheme, tuple[Carrier, ...]]:
     if found is None:
         scheme = Scheme()
         return scheme, _default_carriers(checkpoint.shapes(), scheme)

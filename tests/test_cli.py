@@ -710,7 +710,8 @@ class TestTrace:
             ("plain", "names.txt"),
         ):
             done = self.trace(copy, repo=repo, names=names)
-            assert (done.returncode, done.stderr) == (1, "")
+            assert done.returncode == 1
+            assert re.fullmatch(r"Only the raw weights were read: .* --claim\.\n", done.stderr)
             assert re.fullmatch(rf"{repo}: nobody's copy \(log10 p .*\)\.\n", done.stdout)
             assert self.trace(copy, "--format", "quiet", repo=repo, names=names).stdout == "\n"
             found = evidence_of(self.trace(copy, "--json", repo=repo, names=names))

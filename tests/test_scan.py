@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from disguised_models import DISGUISES, marked, save
 from marked_models import KEY, THIEF, another_key, claim_about, marked_arrays, push, save_model
+from safetensors.torch import load_file
 from threadpoolctl import threadpool_info
 
 from hf_watermark import Scheme, scan
@@ -21,13 +23,16 @@ from hf_watermark.errors import CarrierError, ClaimError, KeyFileError, SchemeEr
 from hf_watermark.evidence import CLAIM_FILE
 from hf_watermark.extraction import Extraction
 from hf_watermark.files import FolderFiles
+from hf_watermark.found_claims import find_claim
 from hf_watermark.projections import Projection
+from hf_watermark.references import aligner_of
 from hf_watermark.scan import Lineup, trace
 from hf_watermark.significance import corrected, log10_normal_tail
 from hf_watermark.verify import verify_hub_model
 
 SHAPES = {f"blocks.{i}.mlp.fc1.weight": (128, 64) for i in range(4)}
 NAMES = [f"customer-{i}" for i in range(40)]
+HIDING = [name for name in DISGUISES["ViT"] if name not in ("constants shifted", "gains moved")]
 FIRST = 128 * 64 + 50 * 64  # the first look takes one carrier and 50 rows of the next
 
 
@@ -177,6 +182,59 @@ class TestTrace:
         done = [done for done, _ in seen]
         assert done == sorted(set(done))
         assert (done[-1] == seen[-1][1]) == (which == "plain")
+
+
+@pytest.fixture(scope="module")
+def leak(tmp_path_factory):
+    """The copy of customer-17 of a ViT, in every disguise that a raw reading is lost to."""
+    place = tmp_path_factory.mktemp("leak")
+    owner = marked("ViT")
+    handed = embed_checkpoint(owner.folder, KEY, place / "handed", recipient="customer-17")
+    tensors = load_file(handed.folder / "model.safetensors")
+    for name in HIDING:
+        save(place / name, DISGUISES["ViT"][name](tensors), owner.config)
+    return place
+
+
+class TestDisguised:
+    """Weights that were reordered, widened or turned."""
+
+    @pytest.mark.parametrize("disguise", HIDING)
+    def test_it_is_named(self, leak, disguise):
+        original = marked("ViT").folder
+        found = trace(leak / disguise, KEY, NAMES, claim=original)
+        assert (found.recipient, found.reading, found.note) == ("customer-17", "aligned", "")
+        assert found.log10_p < -20
+        assert found.tries % len(NAMES) == 0
+        others = trace(leak / disguise, KEY, NAMES[:17], claim=original)
+        assert (others.recipient, others.note) == (None, "")
+        assert trace(leak / disguise, THIEF, NAMES, align="never").recipient is None
+
+    def test_without_the_original_nobody_is(self, leak):
+        every = leak / "hidden units permuted"
+        found = trace(every, KEY, NAMES)
+        assert (found.recipient, found.reading) == (None, "raw")
+        assert "pass the repo or folder of the owner's original" in found.note
+        strict = trace(every, KEY, NAMES, claim=marked("ViT").folder, align="never")
+        assert (strict.recipient, strict.note) == (None, "")
+        assert trace(every, KEY, NAMES, claim=marked("ViT").folder).tries > strict.tries
+        with pytest.raises(SchemeError, match="Unknown align"):
+            trace(every, KEY, NAMES, align="please")
+
+    def test_the_aligned_look_is_chance_for_strangers(self, leak):
+        names = [f"stranger-{i}" for i in range(400)]
+        checkpoint = Checkpoint.open(FolderFiles(leak / "hidden units permuted"))
+        found = find_claim(checkpoint.files, marked("ViT").folder, None, KEY.fingerprint)
+        aligner, _ = aligner_of(checkpoint, KEY, found, marked("ViT").folder)
+        carriers = tuple(claimed.carrier for claimed in found.claim.carriers)
+        scheme = Scheme.from_name(found.claim.scheme)
+        places = range(len(carriers))
+        line = Lineup(checkpoint, KEY, names, scheme, carriers, places, aligner.carrier)
+        with ThreadPoolExecutor(2) as pool:
+            *raw, aligned = line.looks(pool)
+        assert line.is_aligned
+        assert line.tries == 400 * (len(raw) + 1)
+        assert scipy.stats.kstest(aligned, "norm").pvalue > 0.01
 
 
 class TestRefusals:

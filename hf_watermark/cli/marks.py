@@ -174,6 +174,13 @@ def _tell(done: Embedded, where: str, form: str) -> None:
 )
 @click.option("--claim", metavar="FILE|REPO", help="The owner's claim.")
 @click.option("--alpha", type=float, default=1e-6, show_default=True, metavar="A")
+@click.option(
+    "--align",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Undo disguises if the raw weights name nobody; needs the original's --claim.",
+)
 @click.option("--revision", metavar="R", help="Branch, tag or commit.")
 @click.option("--token", metavar="T", help="A token for private repos.")
 @format_options
@@ -183,6 +190,7 @@ def trace(
     recipients: TextIO,
     claim: str | None,
     alpha: float,
+    align: str,
     revision: str | None,
     token: str | None,
     form: str,
@@ -194,6 +202,8 @@ def trace(
     \b
     Example:
       hf-watermark trace thief/vit-copy --key acme.key --recipients customers.txt
+      hf-watermark trace thief/disguised --key acme.key --recipients customers.txt \\
+          --claim acme/vit-original
     """  # noqa: D301
     from hf_watermark.scan import trace as find
 
@@ -206,6 +216,7 @@ def trace(
             names,
             claim=claim,
             alpha=alpha,
+            align=align,
             revision=revision,
             token=token,
             progress=progress,
@@ -216,6 +227,8 @@ def trace(
         click.echo(done.recipient or "")
     else:
         click.echo(_named(done, len(names)))
+        if done.note:
+            click.echo(done.note, err=True)
     return FOUND if done.found else NOT_FOUND
 
 
@@ -240,6 +253,8 @@ def _named(done: Trace, count: int) -> str:
     read = (
         f"log10 p {rounded_up(done.log10_p):.2f}, {count} recipients and {done.tries} tries counted"
     )
+    if done.reading == "aligned":
+        read += ", disguises undone"
     if done.recipient is None:
         return f"{done.repo}: nobody's copy ({read})."
     odds = chance_in_words(done.log10_p)
