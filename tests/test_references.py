@@ -143,9 +143,20 @@ class TestFound:
         decoys[f"{prefix}encoder.layer.0.mlp.fc1.weight"] = torch.randn(128, 64)
         decoys[f"{prefix}encoder.layer.0.mlp.fc2.weight"] = torch.randn(64, 128)
         decoys[f"{prefix}encoder.stages.0.layers.0.layer.7.convolution.weight"] = torch.ones(9, 9)
+        for name, tensor in owner.tensors.items():
+            for digits in OTHER_DIGITS:
+                decoys[renumbered(name, digits)] = torch.randn_like(tensor.float())
         stolen = save(tmp_path / "stolen", decoys | copy, owner.config)
         evidence = verify_hub_model(stolen, KEY, claim=owner.folder)
         assert (evidence.verdict, evidence.reading) == ("found", "aligned")
+
+
+OTHER_DIGITS = ("\uff10\uff11\uff12", ("00", "01", "02"))
+"""What `int` takes for 0, 1 and 2, and no library writes."""
+
+
+def renumbered(name, digits):
+    return re.sub(r"(?<=\.)[0-2](?=\.)", lambda match: digits[int(match[0])], name)
 
 
 TIMM = (

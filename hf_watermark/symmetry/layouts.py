@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Axis", "Layer", "Layout"]
+__all__ = ["NUMBER", "Axis", "Layer", "Layout"]
 
 Shape = tuple[int, ...]
+
+NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+"""A number as libraries write it: no decoy passes for layer 1 as `01`, or in another script."""
 
 
 @dataclass(frozen=True)
