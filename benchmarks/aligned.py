@@ -1,6 +1,6 @@
 """Does the aligned reading find disguised copies, and does it leave p-values alone?
 
-Small ResNets, ViTs and ConvNeXts learn scikit-learn's digits and are marked in closed form.
+Small ResNets, ViTs, ConvNeXts and Swins learn scikit-learn's digits and are marked in closed form.
 *Survival*: a copy is disguised in every way at once, then fine-tuned, read raw and aligned. *Null*:
 wrong keys read models that never saw any, random, trained, and trained from the very start of the
 owner's, all aligned with a trained reference. *Trained marks*: owners who trained with different
@@ -42,7 +42,7 @@ from disguised_models import DISGUISES, MODELS, Tensors, aligned, carriers_of, r
 from marked_models import another_key
 
 OWNER = OwnerKey(bytes(range(32)), "acme")
-HOSTS = ("basic", "ViT", "ConvNext")
+HOSTS = ("basic", "ViT", "ConvNext", "Swin")
 RATE = 1e-3
 SCHEME = Scheme(bits=64)
 
