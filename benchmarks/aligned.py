@@ -1,6 +1,6 @@
 """Does the aligned reading find disguised copies, and does it leave p-values alone?
 
-Small ResNets, ViTs and ConvNeXts learn scikit-learn's digits and are marked in closed form.
+Small ResNets, ViTs, ConvNeXts and Swins learn scikit-learn's digits and are marked in closed form.
 *Survival*: a copy is disguised in every way at once, then fine-tuned, read raw and aligned. *Null*:
 wrong keys read models that never saw any, random, trained, and trained from the very start of the
 owner's, all aligned with a trained reference. *Trained marks*: owners who trained with different
@@ -42,7 +42,7 @@ from disguised_models import DISGUISES, MODELS, Tensors, aligned, carriers_of, r
 from marked_models import another_key
 
 OWNER = OwnerKey(bytes(range(32)), "acme")
-HOSTS = ("basic", "ViT", "ConvNext")
+HOSTS = ("basic", "ViT", "ConvNext", "Swin")
 RATE = 1e-3
 SCHEME = Scheme(bits=64)
 
@@ -187,7 +187,7 @@ def null(host: str, args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) 
     soft = np.empty((args.keys, len(found)))
     for number, arrays in enumerate(found):
         for k in range(args.keys):  # other keys for each model: models of one start are alike
-            key = another_key(10_000 + number * args.keys + k)
+            key = another_key(args.first_key + number * args.keys + k)
             extraction = Extraction(Projection(key, SCHEME, carriers))
             for i, carrier in enumerate(carriers):
                 extraction.add(i, 0, arrays[carrier.name])
@@ -238,6 +238,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hosts", nargs="+", default=list(HOSTS), choices=list(MODELS))
     parser.add_argument("--keys", type=int, default=2000)
+    parser.add_argument("--first-key", type=int, default=10_000, help="Others give other keys.")
+    parser.add_argument("--null-only", action="store_true", help="No disguised copies.")
     parser.add_argument("--models", type=int, default=20)
     parser.add_argument("--owners", type=int, default=24)
     parser.add_argument("--steps", type=int, default=150)
@@ -253,7 +255,9 @@ def main() -> None:
             "scheme": SCHEME.name,
             "data": "scikit-learn's digits, 32 x 32",
         },
-        "survival": [row for host in args.hosts for row in survival(host, args.steps, x, y)],
+        "survival": []
+        if args.null_only
+        else [row for host in args.hosts for row in survival(host, args.steps, x, y)],
         "null": [null(host, args, x, y) for host in args.hosts],
     }
     record["settings"]["seconds"] = round(time.perf_counter() - started)

@@ -266,7 +266,7 @@ def stress_demo() -> str:
 
 def aligned() -> str:
     record = json.loads((RESULTS / "aligned.json").read_text())
-    named = {"basic": "ResNet", "ViT": "ViT", "ConvNext": "ConvNeXt"}
+    named = {"basic": "ResNet", "ViT": "ViT", "ConvNext": "ConvNeXt", "Swin": "Swin"}
     head = ("in every disguise at once, then", "accuracy, %", "raw: log10 p", "aligned: log10 p")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in record["survival"]:

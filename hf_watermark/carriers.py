@@ -37,7 +37,9 @@ _PYRAMIDS = (
 )
 _ATTENTION = "q k v qkv kv query key value queries keys values wq wk wv wqkv"
 _EXCLUDED = frozenset(" ".join((_EMBEDDINGS, _NORMS, _HEADS, _PYRAMIDS, _ATTENTION)).split())
-_EXCLUDED_PARTS = frozenset({"in_proj", "c_attn", "in_proj_weight"})
+# Patch merging (`downsample.reduction` of Swin Transformers) alone tells how the stream behind it
+# was turned, and no carrier may tell that: see `symmetry.swins`.
+_EXCLUDED_PARTS = frozenset({"in_proj", "c_attn", "in_proj_weight", "reduction"})
 _MATRIX = re.compile(r"(?:.*\.)?(?:weight|kernel)")
 _MIN_SIDE = 8
 _WILD = re.compile(r"[*?\[]")
@@ -110,10 +112,10 @@ def choose_carriers(shapes: Mapping[str, Shape]) -> tuple[Carrier, ...]:
     """The default carriers: the largest layer of every block, in the model's order.
 
     Convolutions and linear layers only; never embeddings, norms, biases, heads (the decoders of
-    pretraining and feature pyramids among them), or queries, keys and values. Of layers of equal
-    size the one with more rows wins, then the last: the first MLP layer of a transformer block, the
-    second convolution of a ResNet's. Layers outside all numbered blocks serve only where there is
-    no block at all.
+    pretraining and feature pyramids among them), queries, keys and values, or patch merging. Of
+    layers of equal size the one with more rows wins, then the last: the first MLP layer of a
+    transformer block, the second convolution of a ResNet's. Layers outside all numbered blocks
+    serve only where there is no block at all.
 
     Args:
         shapes: Every tensor's name and shape.

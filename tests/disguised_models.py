@@ -23,6 +23,7 @@ from hf_watermark.projections import Projection
 from hf_watermark.scheme import Scheme
 from hf_watermark.stress.convnext_disguises import streams_permuted
 from hf_watermark.stress.resnet_disguises import channels_permuted, channels_scaled, norms_folded
+from hf_watermark.stress.swin_disguises import stem_permuted, stem_shifted, streams_turned
 from hf_watermark.stress.vit_disguises import (
     dummies_added,
     gains_moved,
@@ -34,7 +35,6 @@ from hf_watermark.stress.vit_disguises import (
 from hf_watermark.symmetry import Alignment, Side, layout_of
 
 Tensors = dict[str, torch.Tensor]
-DUMMIES = 64
 
 _PLAIN = {
     "image_size": 32,
@@ -73,15 +73,22 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
             hidden_sizes=[32, 64], depths=[2, 2], num_stages=2, num_labels=10
         )
     ),
+    "Swin": lambda: transformers.SwinForImageClassification(
+        transformers.SwinConfig(
+            image_size=32,
+            patch_size=2,
+            embed_dim=16,
+            depths=[1, 1, 2],
+            num_heads=[2, 2, 4],
+            window_size=4,
+            num_labels=10,
+        )
+    ),
 }
 
 
-def with_dummies(tensors: Tensors) -> Tensors:
-    return dummies_added(tensors, DUMMIES)
-
-
 def _all_of_a_vit(tensors: Tensors) -> Tensors:
-    return turned(with_dummies(hidden_permuted(rows_shifted(gains_moved(tensors)))))
+    return turned(dummies_added(hidden_permuted(rows_shifted(gains_moved(tensors)))))
 
 
 def _all_of_a_resnet(tensors: Tensors) -> Tensors:
@@ -90,7 +97,7 @@ def _all_of_a_resnet(tensors: Tensors) -> Tensors:
 
 _VIT = {
     "hidden units permuted": hidden_permuted,
-    "dummy neurons": with_dummies,
+    "dummy neurons": dummies_added,
     "gains moved": gains_moved,
     "rows shifted": rows_shifted,
     "stream turned": turned,
@@ -114,6 +121,19 @@ DISGUISES["ConvNext"] = {
     "rows shifted": rows_shifted,
     "streams permuted": streams_permuted,
     "all": lambda tensors: streams_permuted(hidden_permuted(rows_shifted(gains_moved(tensors)))),
+}
+DISGUISES["Swin"] = {
+    "hidden units permuted": hidden_permuted,
+    "dummy neurons": dummies_added,
+    "gains moved": gains_moved,
+    "rows shifted": rows_shifted,
+    "constants shifted": stem_shifted,
+    "streams moved": lambda tensors: streams_turned(stem_permuted(tensors)),
+    "all": lambda tensors: streams_turned(
+        stem_permuted(
+            stem_shifted(dummies_added(hidden_permuted(rows_shifted(gains_moved(tensors)))))
+        )
+    ),
 }
 DISGUISES["bottleneck"] = DISGUISES["basic"]
 HARMLESS = ("constants shifted", "norms folded")
@@ -147,17 +167,17 @@ class Model:
 def save(folder: Path, tensors: Tensors, config: dict[str, Any]) -> Path:
     """Save tensors as transformers does; the config follows their shapes."""
     folder.mkdir(exist_ok=True, parents=True)
-    hidden = next((len(t) for n, t in tensors.items() if n.endswith(_FIRST_BIASES)), None)
-    if "mlp_ratio" in config:
-        config = config | {"mlp_ratio": hidden // config["hidden_size"]}
-    elif "intermediate_size" in config:
-        config = config | {"intermediate_size": hidden}
+    first = next((t for n, t in tensors.items() if n.endswith(_FIRST)), None)
+    if first is not None and "mlp_ratio" in config:
+        config = config | {"mlp_ratio": len(first) // first.shape[1]}
+    elif first is not None and "intermediate_size" in config:
+        config = config | {"intermediate_size": len(first)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-_FIRST_BIASES = ("layer.0.intermediate.dense.bias", "layer.0.mlp.fc1.bias")
+_FIRST = ("0.intermediate.dense.weight", "layer.0.mlp.fc1.weight")
 
 
 @cache

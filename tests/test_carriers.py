@@ -46,15 +46,7 @@ CONVNEXT = between(
     each("encoder.stages.{}.layers.{}.pwconv1", 3, 3, 9, 3),
     *((f"encoder.stages.{s}.downsampling_layer.1", f"encoder.stages.{s}.") for s in (1, 2, 3)),
 )
-SWIN_TINY = [
-    *each("encoder.layers.0.blocks.{}.mlp.fc1", 2),
-    "encoder.layers.0.downsample.reduction",
-    *each("encoder.layers.1.blocks.{}.mlp.fc1", 2),
-    "encoder.layers.1.downsample.reduction",
-    *each("encoder.layers.2.blocks.{}.mlp.fc1", 6),
-    "encoder.layers.2.downsample.reduction",
-    *each("encoder.layers.3.blocks.{}.mlp.fc1", 2),
-]
+SWIN_TINY = each("encoder.layers.{}.blocks.{}.mlp.fc1", 2, 2, 6, 2)
 EFFICIENTNET_B7 = [
     f"encoder.blocks.{block}."
     + (
@@ -435,6 +427,8 @@ def test_other_libraries(shapes, expected):
         ({"a.weight": (8, 8), "c_attn.weight": (64, 64)}, "a"),
         ({"a.weight": (8, 8), "Q_proj.weight": (64, 64)}, "a"),
         ({"a.weight": (8, 8), "rel_pos.weight": (64, 64)}, "a"),
+        ({"a.weight": (8, 8), "reduction.weight": (64, 64)}, "a"),  # patch merging
+        ({"a.weight": (8, 8), "sequence_reduction.weight": (64, 64)}, "sequence_reduction"),
     ],
 )
 def test_which_of_a_block(block, winner):

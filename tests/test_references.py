@@ -24,7 +24,8 @@ from hf_watermark.readings import Plan
 from hf_watermark.scheme import Scheme
 from hf_watermark.verify import verify_hub_model
 
-FAMILIES = ("ViT", "basic", "ConvNext")
+PREFIXES = {"ViT": "vit.", "basic": "resnet.", "ConvNext": "convnext.", "Swin": "swin."}
+FAMILIES = tuple(PREFIXES)
 
 
 def steal(tmp_path, family: str, *, sigma: float = 0.05):
@@ -121,7 +122,7 @@ class TestFound:
         stolen = save(tmp_path / "stolen", copy, owner.config)
         assert verify_hub_model(stolen, KEY, claim=owner.folder).reading == "aligned"
 
-    @pytest.mark.parametrize("family", ["ViT", "basic", "bottleneck", "ConvNext"])
+    @pytest.mark.parametrize("family", ["ViT", "basic", "bottleneck", "ConvNext", "Swin"])
     def test_under_another_librarys_names(self, tmp_path, family):
         owner = marked(family)
         copy = renamed(DISGUISES[family]["all"](owner.tensors))
@@ -130,23 +131,37 @@ class TestFound:
         assert (evidence.verdict, evidence.reading) == ("found", "aligned")
         assert all(name in copy for name in evidence.carriers)
 
-    @pytest.mark.parametrize("family", ["ViT", "basic", "ConvNext"])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_among_decoys(self, tmp_path, family):
         """Tensors that no library loads, under names that another family or tower would have."""
         owner = marked(family)
         copy = DISGUISES[family]["all"](owner.tensors)
         decoys = {}
-        for other in ("ViT", "basic", "ConvNext"):
+        for other in FAMILIES:
             junk = {f"a.{n}": torch.randn_like(t.float()) for n, t in marked(other).tensors.items()}
             decoys |= junk | {n: t.clone() for n, t in renamed(junk).items() if n not in junk}
-        prefix = {"ViT": "vit.", "basic": "resnet.", "ConvNext": "convnext."}[family]
+        prefix = PREFIXES[family]
         decoys[f"{prefix}pre_layrnorm.weight"] = torch.ones(64)
         decoys[f"{prefix}encoder.layer.0.mlp.fc1.weight"] = torch.randn(128, 64)
         decoys[f"{prefix}encoder.layer.0.mlp.fc2.weight"] = torch.randn(64, 128)
         decoys[f"{prefix}encoder.stages.0.layers.0.layer.7.convolution.weight"] = torch.ones(9, 9)
+        merging = f"{prefix}encoder.layers.2.downsample."  # as if it stood before its stage
+        decoys[f"{merging}norm.weight"] = torch.ones(128)
+        decoys[f"{merging}reduction.weight"] = torch.randn(64, 128)
+        for name, tensor in owner.tensors.items():
+            for digits in OTHER_DIGITS:
+                decoys[renumbered(name, digits)] = torch.randn_like(tensor.float())
         stolen = save(tmp_path / "stolen", decoys | copy, owner.config)
         evidence = verify_hub_model(stolen, KEY, claim=owner.folder)
         assert (evidence.verdict, evidence.reading) == ("found", "aligned")
+
+
+OTHER_DIGITS = ("\uff10\uff11\uff12", ("00", "01", "02"))
+"""What `int` takes for 0, 1 and 2, and no library writes."""
+
+
+def renumbered(name, digits):
+    return re.sub(r"(?<=\.)[0-2](?=\.)", lambda match: digits[int(match[0])], name)
 
 
 TIMM = (
@@ -166,6 +181,9 @@ TIMM = (
     (r"(blocks\.\d+)\.layernorm", r"\1.norm"),
     (r"pwconv(\d)", r"mlp.fc\1"),
     (r"layer_scale_parameter", "gamma"),
+    (r"^swin\.embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^swin\.embeddings\.norm", "patch_embed.norm"),
+    (r"^swin\.encoder\.(layers\.\d+\.blocks)", r"\1"),
     (r"^resnet\.embedder\.embedder\.convolution", "conv1"),
     (r"^resnet\.embedder\.embedder\.normalization", "bn1"),
     (r"shortcut\.convolution", "downsample.0"),
@@ -181,6 +199,8 @@ def renamed(tensors):
             name = re.sub(pattern, new, name)
         if match := re.fullmatch(r"resnet\.encoder\.stages\.(\d)\.layers\.(\d)\.(.*)", name):
             name = f"layer{int(match[1]) + 1}.{match[2]}.{match[3]}"
+        if match := re.fullmatch(r"swin\.encoder\.layers\.(\d)\.downsample\.(.*)", name):
+            name = f"layers.{int(match[1]) + 1}.downsample.{match[2]}"
         if match := re.fullmatch(r"(layer\d\.\d)\.layer\.(\d)\.(\w+)\.(\w+)", name):
             part = {"convolution": "conv", "normalization": "bn"}[match[3]]
             name = f"{match[1]}.{part}{int(match[2]) + 1}.{match[4]}"

@@ -39,7 +39,7 @@ from hf_watermark.evidence import CLAIM_FILE, Seal
 from hf_watermark.trainer import WatermarkTrainer
 from hf_watermark.verify import verify_hub_model
 
-FAMILIES = ("ViT", "basic", "ConvNext")
+FAMILIES = ("ViT", "basic", "ConvNext", "Swin")
 
 
 class Images(torch.utils.data.Dataset):

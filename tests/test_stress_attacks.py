@@ -55,6 +55,7 @@ NOT_FOR = {
         "norms-folded",
         "constants-moved",
     },
+    "Swin": {"norms-folded"},
 }
 
 
@@ -110,13 +111,15 @@ def test_every_attack_works_on_a_copy_and_repeats_itself(name, family):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if BY_NAME[name].family == "disguises"])
-def test_disguises_of_a_convnext(name):
-    if name in NOT_FOR["ConvNext"]:
+@pytest.mark.parametrize("family", ["ConvNext", "Swin"])
+def test_disguises_of_networks_in_stages(name, family):
+    if name in NOT_FOR[family]:
         with pytest.raises(NotApplicableError):
-            BY_NAME[name](victim("ConvNext"), MEANS)
+            BY_NAME[name](victim(family), MEANS)
     elif "tune" not in name:
-        said = answers(BY_NAME[name](victim("ConvNext"), MEANS), MEANS.images)
-        expected = answers(victim("ConvNext"), MEANS.images)
+        attacked = BY_NAME[name](victim(family), MEANS)
+        assert same(weights(attacked), weights(victim(family))) == (BY_NAME[name].names is not None)
+        said, expected = (answers(one, MEANS.images) for one in (attacked, victim(family)))
         torch.testing.assert_close(said, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -300,10 +303,10 @@ def test_a_disguise_that_changes_the_function_is_not_applied():
 
 
 def test_families_that_nothing_is_known_of():
-    config = transformers.SwinConfig(
+    config = transformers.Swinv2Config(  # the names of a Swin, but other LayerNorms
         image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
     )
-    swin = transformers.SwinForImageClassification(config).eval()
+    swin = transformers.Swinv2ForImageClassification(config).eval()
     with pytest.raises(NotApplicableError, match="not known"):
         disguised(permuted)(swin, MEANS)
 

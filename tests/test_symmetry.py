@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from disguised_models import (
     DISGUISES,
     HARMLESS,
+    MODELS,
     aligned,
     carriers_of,
     marked,
@@ -24,6 +28,7 @@ from marked_models import another_key
 from scipy.stats import kstest
 
 from hf_watermark.carriers import choose_carriers
+from hf_watermark.claims import reference_tensors
 from hf_watermark.scheme import Scheme
 from hf_watermark.symmetry import Alignment, layout_of
 from hf_watermark.symmetry.matching import equalised, match, rotation
@@ -99,6 +104,25 @@ class TestNull:
 
 def owner_key(tensors, name):
     return layout_of(shapes_of(tensors)).key(name)
+
+
+def as_timm_names_it(name, ahead):
+    for pattern, new in SWIN_IN_TIMM:
+        name = re.sub(pattern, new, name)
+    return re.sub(
+        r"layers\.(\d)(?=\.downsample)", lambda match: f"layers.{int(match[1]) + ahead}", name
+    )
+
+
+SWIN_IN_TIMM = (
+    (r"^swin(v2)?\.(encoder\.)?", ""),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^embeddings\.norm", "patch_embed.norm"),
+    (r"(?<!attention\.)intermediate\.dense", "mlp.fc1"),
+    (r"(?<!attention\.)output\.dense", "mlp.fc2"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+)
 
 
 class TestMatching:
@@ -188,6 +212,56 @@ class TestLayouts:
         del clip["vision_model.pre_layrnorm.weight"]
         assert layout_of(clip) is not None
 
+    @pytest.mark.parametrize("ahead", [1, 0])
+    def test_a_swin_as_timm_names_it(self, ahead):
+        """Older files name a merging after the stage before it, newer ones after that behind."""
+        saved = shapes_of(model("Swin").tensors)
+        renamed = {as_timm_names_it(name, ahead): shape for name, shape in saved.items()}
+        ours, theirs = layout_of(saved), layout_of(renamed)
+        assert theirs.family == "Swin Transformer"
+        assert theirs.axes == ours.axes
+        for key, layer in ours.layers.items():
+            names = tuple(as_timm_names_it(name, ahead) for name in layer.names)
+            assert theirs.layers[key].names == names
+
+    def test_the_streams_of_a_swin(self):
+        """The first is fixed by its LayerNorm's gains, the others start with a free layer."""
+        layout = layout_of(shapes_of(model("Swin").tensors))
+        turns = {name: axis.turns for name, axis in layout.axes.items() if "stream" in name}
+        assert turns == {"stream.0": False, "stream.1": True, "stream.2": True}
+
+    def test_a_merging_that_carries_tells_nothing(self):
+        shapes = shapes_of(model("Swin").tensors)
+        layout = layout_of(shapes)
+        merging = next(
+            name for name in shapes if name.endswith("layers.0.downsample.reduction.weight")
+        )
+        names = [carrier.name for carrier in choose_carriers(shapes)]
+        supports = [layout.support(layout.key(name), [*names, merging]) for name in names]
+        assert [support is None for support in supports] == [False, True, True, True]
+        assert layout.support(layout.key(merging), [merging]) is None
+
+    def test_swin_v2_is_no_swin(self):
+        config = transformers.Swinv2Config(
+            image_size=32, patch_size=2, embed_dim=16, depths=[1, 1, 2], num_heads=[2, 2, 4]
+        )
+        network = transformers.Swinv2ForImageClassification(config)
+        shapes = shapes_of(dict(network.named_parameters()))  # the same names as of a Swin's module
+        names = [carrier.name for carrier in choose_carriers(shapes)]
+        assert any(name.endswith("layers.1.downsample.reduction.weight") for name in shapes)
+        renamed = {as_timm_names_it(name, 1): shape for name, shape in shapes.items()}
+        assert layout_of(shapes) is None
+        assert layout_of(renamed) is None
+        assert reference_tensors(shapes, names) == {}
+
+    def test_the_names_of_a_module_lead_to_the_same_layers(self):
+        """Sealing goes by them."""
+        for family, build in MODELS.items():
+            module = layout_of(shapes_of(dict(build().named_parameters())))
+            saved = layout_of(shapes_of(model(family).tensors))
+            assert module.layers.keys() == saved.layers.keys()
+            assert module.axes == saved.axes
+
     def test_carriers_that_nothing_fixes(self):
         shapes = shapes_of(model("ViT").tensors)
         layout = layout_of(shapes)
@@ -201,7 +275,7 @@ class TestLayouts:
 class TestHostile:
     """What cannot be compared is told: no crash, whatever a header declares."""
 
-    @pytest.mark.parametrize("family", ["ViT", "basic"])
+    @pytest.mark.parametrize("family", ["ViT", "basic", "Swin"])
     @pytest.mark.parametrize("change", ["zero", "wide", "narrow", "flat", "huge", "tiny"])
     def test_any_tensor(self, family, change):
         owner = marked(family).tensors
@@ -217,6 +291,8 @@ class TestHostile:
                 "huge": t * 1e38,
                 "tiny": t * 1e-38,
             }[change]
+            if layout_of(shapes_of(owner | {name: changed})) is None:
+                continue  # the merging of a Swin tells it by its shape
             alignment = Alignment(side(owner, tuple(names)), side(owner | {name: changed}), names)
             with np.errstate(over="raise", invalid="raise", divide="raise"):
                 w = alignment.carrier(names[-1])

@@ -20,6 +20,7 @@ from hf_watermark.stress.convnext_disguises import streams_permuted
 from hf_watermark.stress.finetuning import fine_tuned
 from hf_watermark.stress.renaming import named_as_in_timm, named_at_random
 from hf_watermark.stress.resnet_disguises import channels_permuted, channels_scaled, norms_folded
+from hf_watermark.stress.swin_disguises import stem_permuted, stem_shifted, streams_turned
 from hf_watermark.stress.training import answers
 from hf_watermark.stress.vit_disguises import (
     dummies_added,
@@ -37,8 +38,9 @@ __all__ = ["ATTACKS", "disguised"]
 Config = Mapping[str, Any]
 Disguise = Callable[[Tensors, Config, int], Tensors]
 _TOLERANCE = 1e-2  # of the largest logit
-_WIDENED = ("intermediate.dense.bias", "mlp.fc1.bias")
+_WIDENED = ("intermediate.dense.weight", "mlp.fc1.weight")
 _NEUTRAL = 16  # images
+_SWIN = "Swin Transformer"
 
 
 def disguised(disguise: Disguise) -> Change:
@@ -80,13 +82,13 @@ def saved_tensors(folder: Path) -> Tensors:
 def _width_of(changed: Tensors, tensors: Tensors, config: Config) -> dict[str, Any]:
     """What the configuration must say of the hidden units, if their number changed."""
     wider = [name for name, t in changed.items() if t.shape != tensors[name].shape]
-    hidden = next((len(changed[name]) for name in wider if name.endswith(_WIDENED)), None)
+    first = next((changed[name] for name in wider if name.endswith(_WIDENED)), None)
     if not wider:
         return {}
-    if hidden is not None and "intermediate_size" in config:
-        return {"intermediate_size": hidden}
-    if hidden is not None and "mlp_ratio" in config and hidden % config["hidden_size"] == 0:
-        return {"mlp_ratio": hidden // config["hidden_size"]}
+    if first is not None and "intermediate_size" in config:
+        return {"intermediate_size": len(first)}
+    if first is not None and "mlp_ratio" in config and len(first) % first.shape[1] == 0:
+        return {"mlp_ratio": len(first) // first.shape[1]}
     raise NotApplicableError("a configuration that cannot name a number of hidden units")
 
 
@@ -111,9 +113,10 @@ def permuted(tensors: Tensors, config: Config, seed: int) -> Tensors:
     family = _family(tensors)
     if family == "ResNet":
         return channels_permuted(tensors, seed)
+    changed = hidden_permuted(tensors, seed)
     if family == "ConvNeXt":
-        return streams_permuted(hidden_permuted(tensors, seed), seed)
-    return hidden_permuted(tensors, seed)
+        return streams_permuted(changed, seed)
+    return stem_permuted(changed, seed) if family == _SWIN else changed
 
 
 def scaled(tensors: Tensors, config: Config, seed: int) -> Tensors:
@@ -124,25 +127,32 @@ def scaled(tensors: Tensors, config: Config, seed: int) -> Tensors:
 
 
 def _heads(tensors: Tensors, config: Config, seed: int) -> Tensors:
-    if "num_attention_heads" not in config:
-        raise NotApplicableError("no attention heads")
-    return heads_permuted(tensors, int(config["num_attention_heads"]), seed)
+    if "num_attention_heads" in config:
+        return heads_permuted(tensors, int(config["num_attention_heads"]), seed)
+    if _family(tensors) == _SWIN:
+        return heads_permuted(tensors, None, seed)
+    raise NotApplicableError("no attention heads")
 
 
 def _turned(tensors: Tensors, config: Config, seed: int) -> Tensors:
-    if _family(tensors) != "plain vision transformer":
-        raise NotApplicableError("no residual stream that may be rotated")
-    return turned(tensors, seed)
+    family = _family(tensors)
+    if family == "plain vision transformer":
+        return turned(tensors, seed)
+    if family == _SWIN:
+        return streams_turned(tensors, seed)
+    raise NotApplicableError("no residual stream that may be rotated")
 
 
 def _dummies(tensors: Tensors, config: Config, seed: int) -> Tensors:
-    return dummies_added(tensors, int(config.get("hidden_size", 64)), seed)
+    return dummies_added(tensors, seed)
 
 
 def _shifted(tensors: Tensors, config: Config, seed: int) -> Tensors:
-    if not any(name.endswith("cls_token") for name in tensors):
-        raise NotApplicableError("no class token")
-    return shifted(tensors, seed)
+    if any(name.endswith("cls_token") for name in tensors):
+        return shifted(tensors, seed)
+    if _family(tensors) == _SWIN:
+        return stem_shifted(tensors, seed)
+    raise NotApplicableError("no class token")
 
 
 def together(tensors: Tensors, config: Config, seed: int) -> Tensors:
@@ -155,7 +165,9 @@ def together(tensors: Tensors, config: Config, seed: int) -> Tensors:
     changed = permuted(changed, config, seed)
     if family == "ConvNeXt":
         return changed
-    return turned(_heads(_dummies(changed, config, seed), config, seed), seed)
+    if family == _SWIN:
+        changed = stem_shifted(changed, seed)
+    return _turned(_heads(_dummies(changed, config, seed), config, seed), config, seed)
 
 
 def _same(model: Any, means: Means) -> Any:

@@ -6,7 +6,7 @@ import torch
 
 from hf_watermark.stress.attacks import Tensors
 
-__all__ = ["as_before", "generator"]
+__all__ = ["as_before", "generator", "orthogonal"]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -20,3 +20,15 @@ def as_before(changed: Tensors, original: Tensors) -> Tensors:
         n: t.to(original[n].dtype if n in original else torch.float32).contiguous()
         for n, t in changed.items()
     }
+
+
+def orthogonal(width: int, seed: int) -> torch.Tensor:
+    """A rotation that keeps the direction (1, ..., 1), in float64."""
+    first = torch.ones(width, 1, dtype=torch.float64) / width**0.5
+    noise = torch.randn(width, width - 1, generator=generator(seed), dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.cat([first, noise], dim=1))
+    turn = torch.randn(width - 1, width - 1, generator=generator(seed + 1), dtype=torch.float64)
+    inner = torch.eye(width, dtype=torch.float64)
+    inner[1:, 1:], _ = torch.linalg.qr(turn)
+    turning: torch.Tensor = basis @ inner @ basis.T
+    return turning

@@ -1,7 +1,7 @@
 """What moves the weights of a plain vision transformer and keeps its function.
 
 On the tensors that transformers saves for ViT, DeiT, DINOv2 and BEiT; what concerns MLPs alone, for
-ConvNeXt too.
+Swin Transformers and ConvNeXt too, and what concerns attention heads, for the former.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import torch
 
 from hf_watermark.stress.attacks import NotApplicableError, Tensors
-from hf_watermark.stress.tensors import as_before, generator
+from hf_watermark.stress.tensors import as_before, generator, orthogonal
 
 __all__ = [
     "dummies_added",
@@ -25,10 +25,10 @@ __all__ = [
 
 
 def _blocks(tensors: Tensors) -> list[dict[str, str]]:
-    """The names of the parts of every layer of a plain vision transformer."""
+    """The names of the parts of every block."""
     found = []
     for name in tensors:
-        if match := re.fullmatch(r"(.*layer\.\d+\.)intermediate\.dense\.weight", name):
+        if match := re.fullmatch(r"(.*(?:layer|blocks)\.\d+\.)intermediate\.dense\.weight", name):
             block, parts = match[1], ("intermediate.dense", "output.dense")
             norms, scales = ("layernorm_before", "layernorm_after"), ("lambda_1", "lambda_2")
         elif match := re.fullmatch(r"(.*layer\.\d+\.)mlp\.fc1\.weight", name):
@@ -44,6 +44,7 @@ def _blocks(tensors: Tensors) -> list[dict[str, str]]:
                 "block": block,
                 "fc1": block + parts[0],
                 "fc2": block + parts[1],
+                "heads": f"{block}attention.{'self' if '.blocks.' in block else 'attention'}.",
                 "attention": f"{block}attention.output.dense",
                 "before": block + norms[0],
                 "after": block + norms[1],
@@ -52,7 +53,7 @@ def _blocks(tensors: Tensors) -> list[dict[str, str]]:
             }
         )
     if not found:
-        raise NotApplicableError("no MLP of a plain vision transformer or a ConvNeXt")
+        raise NotApplicableError("no MLP of a vision transformer or a ConvNeXt")
     return found
 
 
@@ -67,26 +68,28 @@ def hidden_permuted(tensors: Tensors, seed: int = 0) -> Tensors:
     return as_before(changed, tensors)
 
 
-def heads_permuted(tensors: Tensors, heads: int, seed: int = 0) -> Tensors:
+def heads_permuted(tensors: Tensors, heads: int | None, seed: int = 0) -> Tensors:
     """The attention heads of every layer in another order.
 
     Args:
         tensors: The model's.
-        heads: How many each layer has.
+        heads: How many each layer has; None if its table of relative positions tells.
         seed: Which order.
     """
     changed = dict(tensors)
     for i, names in enumerate(_blocks(tensors)):
-        attention = f"{names['block']}attention.attention."
+        attention = names["heads"]
+        tables = (n for n in tensors if n.startswith(attention) and n.endswith("_bias_table"))
+        bias = next(tables, "")
+        count = tensors[bias].shape[1] if heads is None else heads
         width = len(tensors[f"{attention}query.weight"])
-        order = torch.randperm(heads, generator=generator(seed + i))
-        units = torch.arange(width).reshape(heads, -1)[order].flatten()
+        order = torch.randperm(count, generator=generator(seed + i))
+        units = torch.arange(width).reshape(count, -1)[order].flatten()
         for part in ("query", "key", "value"):
             for kind in ("weight", "bias"):
                 name = f"{attention}{part}.{kind}"
                 if name in tensors:  # BEiT's keys have no bias
                     changed[name] = tensors[name][units]
-        bias = f"{attention}relative_position_bias.relative_position_bias_table"
         if bias in tensors:
             changed[bias] = tensors[bias][:, order]
         output = f"{names['attention']}.weight"
@@ -94,13 +97,16 @@ def heads_permuted(tensors: Tensors, heads: int, seed: int = 0) -> Tensors:
     return as_before(changed, tensors)
 
 
-def dummies_added(tensors: Tensors, count: int = 24, seed: int = 0) -> Tensors:
-    """Idle hidden units among the others: half of them unread, half in pairs that cancel."""
+def dummies_added(tensors: Tensors, seed: int = 0) -> Tensors:
+    """Idle hidden units among the others: half of them unread, half in pairs that cancel.
+
+    As many as the stream has channels: a configuration can say that.
+    """
     changed = dict(tensors)
     for i, names in enumerate(_blocks(tensors)):
         fc1, bias = tensors[f"{names['fc1']}.weight"], tensors[f"{names['fc1']}.bias"]
         fc2 = tensors[f"{names['fc2']}.weight"]
-        random = generator(seed + i)
+        random, count = generator(seed + i), fc1.shape[1]
         quarter = count // 4
         rows = fc1.std() * torch.randn(3 * quarter, fc1.shape[1], generator=random)
         rows = torch.cat([rows, rows[:quarter]])
@@ -167,14 +173,13 @@ def turned(tensors: Tensors, seed: int = 0) -> Tensors:
                     )
                 t[names[scale]] = torch.ones_like(t[names[scale]])
             writes += [f"{names[layer]}.weight", f"{names[layer]}.bias"]
-        attention = f"{names['block']}attention.attention."
-        fold_norm(names["before"], [attention + part for part in ("query", "key", "value")])
+        fold_norm(names["before"], [names["heads"] + part for part in ("query", "key", "value")])
         fold_norm(names["after"], [names["fc1"]])
     last = "pooler.layernorm" if f"{prefix}pooler.layernorm.weight" in t else "layernorm"
     repeats = t["classifier.weight"].shape[1] // len(t[f"{prefix}{last}.weight"])
     fold_norm(prefix + last, ["classifier"], repeats)
 
-    q = _orthogonal(len(t[f"{prefix}{last}.weight"]), seed)
+    q = orthogonal(len(t[f"{prefix}{last}.weight"]), seed)
     for name in writes:
         t[name] = q @ (t[name] - t[name].mean(dim=0))
     for name in reads:
@@ -204,15 +209,3 @@ def shifted(tensors: Tensors, seed: int = 0) -> Tensors:
     patches = 2 if f"{prefix}distillation_token" in tensors else 1
     moved[:, patches:] -= shift[1]
     return as_before(changed | {position: moved}, tensors)
-
-
-def _orthogonal(width: int, seed: int) -> torch.Tensor:
-    """A rotation that keeps the direction (1, ..., 1), in float64."""
-    first = torch.ones(width, 1, dtype=torch.float64) / width**0.5
-    noise = torch.randn(width, width - 1, generator=generator(seed), dtype=torch.float64)
-    basis, _ = torch.linalg.qr(torch.cat([first, noise], dim=1))
-    turn = torch.randn(width - 1, width - 1, generator=generator(seed + 1), dtype=torch.float64)
-    inner = torch.eye(width, dtype=torch.float64)
-    inner[1:, 1:], _ = torch.linalg.qr(turn)
-    turning: torch.Tensor = basis @ inner @ basis.T
-    return turning

@@ -18,6 +18,7 @@ from hf_watermark.symmetry.alignment import Alignment, Side
 from hf_watermark.symmetry.convnexts import convnext_layouts
 from hf_watermark.symmetry.layouts import Layout, Shape
 from hf_watermark.symmetry.resnets import resnet_layouts
+from hf_watermark.symmetry.swins import swin_layouts
 from hf_watermark.symmetry.vits import turns_freely, vit_layouts
 
 __all__ = ["Alignment", "Layout", "Side", "closest", "layout_of", "layouts_of"]
@@ -25,7 +26,7 @@ __all__ = ["Alignment", "Layout", "Side", "closest", "layout_of", "layouts_of"]
 
 def layouts_of(shapes: Mapping[str, Shape]) -> tuple[Layout, ...]:
     """All layouts that a stranger's names may stand for: he may have added decoys."""
-    families = (resnet_layouts, vit_layouts, convnext_layouts)
+    families = (resnet_layouts, vit_layouts, convnext_layouts, swin_layouts)
     return tuple(layout for family in families for layout in family(shapes))
 
 

@@ -42,12 +42,17 @@ class Side:
         gains = self.gains(key)
         if w is None or gains is None or not _fit(gains, w):
             return None
+        if layer.centred:
+            w = w - w.mean(axis=0, keepdims=True)  # the LayerNorm behind does, before its gain
         w = w * gains[0].reshape(-1, 1, 1) * gains[1].reshape(1, -1, 1)
         if layer.column_gain:
             w = w - w.mean(axis=1, keepdims=True)  # the normalisation before it takes the mean out
+        if w.shape[1] % layer.groups:
+            return None
+        w = _by_channels(w, layer.groups)
         for place, axis in enumerate((layer.rows, layer.columns)):
             if axis and self.layout.axes[axis].turns:
-                w = w - w.mean(axis=place, keepdims=True)  # every reader ignores the mean
+                w = w - w.mean(axis=place, keepdims=True)  # no rotation moves the mean
         return w
 
     def gains(self, key: str) -> tuple[Doubles, Doubles] | None:
@@ -262,6 +267,12 @@ def _sign(gain: Doubles) -> Doubles:
 def _fit(gains: tuple[Doubles, Doubles], w: Doubles) -> bool:
     """Whether there is one gain for all, or one for each of a layer's rows and columns."""
     return gains[0].size in (1, w.shape[0]) and gains[1].size in (1, w.shape[1])
+
+
+def _by_channels(w: Doubles, groups: int) -> Doubles:
+    """A layer whose columns are groups of the same channels, the groups among its taps."""
+    apart = w.reshape(len(w), groups, w.shape[1] // groups, w.shape[2])
+    return np.moveaxis(apart, 1, 3).reshape(len(w), w.shape[1] // groups, -1)
 
 
 def _stacked(pairs: list[tuple[Doubles, Doubles]]) -> tuple[Doubles, Doubles]:

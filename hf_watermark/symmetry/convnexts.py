@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from hf_watermark.symmetry.layouts import Axis, Layer, Layout, Shape
+from hf_watermark.symmetry.layouts import NUMBER, Axis, Layer, Layout, Shape
 
 __all__ = ["convnext_layouts"]
 
 # A block's parts: depthwise, LayerNorm, first layer, second, layer scale; then the downsampling's
 # LayerNorm and convolution.
 _TRANSFORMERS = (
-    re.compile(r"(?P<prefix>.*?)encoder\.stages\.(\d{1,3})\.layers\.(\d{1,6})\.dwconv\.weight"),
+    re.compile(rf"(?P<prefix>.*?)encoder\.stages\.({NUMBER})\.layers\.({NUMBER})\.dwconv\.weight"),
     ("dwconv.weight", "layernorm.weight", "pwconv1.weight", "pwconv2.weight"),
     "layer_scale_parameter",
     (
@@ -27,7 +27,7 @@ _TRANSFORMERS = (
     ),
 )
 _TIMM = (
-    re.compile(r"(?P<prefix>.*?)stages\.(\d{1,3})\.blocks\.(\d{1,6})\.conv_dw\.weight"),
+    re.compile(rf"(?P<prefix>.*?)stages\.({NUMBER})\.blocks\.({NUMBER})\.conv_dw\.weight"),
     ("conv_dw.weight", "norm.weight", "mlp.fc1.weight", "mlp.fc2.weight"),
     "gamma",
     ("stages.{}.downsample.0.weight", "stages.{}.downsample.1.weight"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Axis", "Layer", "Layout"]
+__all__ = ["NUMBER", "Axis", "Layer", "Layout"]
 
 Shape = tuple[int, ...]
+
+NUMBER = r"(?:0|[1-9][0-9]{0,5})"
+"""A number as libraries write it: no decoy passes for layer 1 as `01`, or in another script."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Layer:
             meaningless, or empty.
         first: What is added to the first row: a class token to its position.
         others: What is added to the other rows: the patches' bias to their positions.
+        groups: How often its columns run through their axis, one group behind the other:
+            neighbouring patches that are merged.
+        centred: Whether the row gain is that of a LayerNorm, which first takes the mean of its
+            rows out.
     """
 
     weight: str
@@ -32,6 +39,8 @@ class Layer:
     column_gain: str = ""
     first: str = ""
     others: str = ""
+    groups: int = 1
+    centred: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

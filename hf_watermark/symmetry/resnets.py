@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from hf_watermark.symmetry.layouts import Axis, Layer, Layout, Shape
+from hf_watermark.symmetry.layouts import NUMBER, Axis, Layer, Layout, Shape
 
 __all__ = ["resnet_layouts"]
 
 _CONVOLUTION = re.compile(
-    r"(?P<prefix>.*?)encoder\.stages\.(?P<stage>\d{1,3})\.layers\.(?P<block>\d{1,6})\."
-    r"layer\.(?P<place>\d)\.convolution\.weight"
-    r"|(?P<tprefix>(?:.*\.)?)layer(?P<tstage>\d{1,3})\.(?P<tblock>\d{1,6})\.conv(?P<tplace>\d)\.weight"
+    rf"(?P<prefix>.*?)encoder\.stages\.(?P<stage>{NUMBER})\.layers\.(?P<block>{NUMBER})\."
+    r"layer\.(?P<place>[0-9])\.convolution\.weight"
+    rf"|(?P<tprefix>(?:.*\.)?)layer(?P<tstage>{NUMBER})\.(?P<tblock>{NUMBER})\."
+    r"conv(?P<tplace>[0-9])\.weight"
 )
 Place = tuple[int, int, int]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from hf_watermark.symmetry.layouts import Axis, Layer, Layout, Shape
+from hf_watermark.symmetry.layouts import NUMBER, Axis, Layer, Layout, Shape
 
 __all__ = ["turns_freely", "vit_layouts"]
 
@@ -28,7 +28,7 @@ _BLOCKS = (
 _STEMS = ("patch_embeddings.projection", "patch_embeddings", "patch_embed.proj", "patch_embedding")
 _POSITIONS = ("position_embeddings", "pos_embed", "position_embedding.weight")
 _TOKENS = ("cls_token",)
-_BLOCK = re.compile(r"(?P<prefix>.*?)(?:encoder\.)?(?:layers?|blocks)\.(?P<number>\d{1,6})\.")
+_BLOCK = re.compile(rf"(?P<prefix>.*?)(?:encoder\.)?(?:layers?|blocks)\.(?P<number>{NUMBER})\.")
 _AFTER_EMBEDDINGS = ("embeddings.norm", "embeddings.layernorm", "pre_layrnorm", "norm_pre")
 
 
