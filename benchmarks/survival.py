@@ -1,7 +1,8 @@
 """Which mark survives which attack? Uchida's mean and three ways to embed ours, on CIFAR-10.
 
 Every host is trained once per scheme and seed, from the same start and in the same order as its
-unmarked twin; the closed form marks the twin. The attack suite of `hf_watermark.stress` then
+unmarked twin; the closed form marks the twin, and "sealed" is the model of the projected step with
+the seal that `WatermarkTrainer` adds. The attack suite of `hf_watermark.stress` then
 attacks each with images that no host was trained on, and every copy is read as `verify` reads it.
 Fine-tuning at "1x" is a tenth of the owner's peak rate, so "10x" is that peak. A mark is removed
 if it is not found while accuracy fell by less than five points (Lukas et al., S&P 2022).
@@ -10,6 +11,7 @@ Models and cells are kept in --cache, one at a time: an interrupted run goes on 
 hosts, schemes, seeds or attacks are added to what --out holds. Other settings are refused.
 
     python benchmarks/survival.py --cache runs/survival --out benchmarks/results/survival.json
+    python benchmarks/survival.py --hosts wrn-10-4 --size 16 --cache DIR --out FILE
     python benchmarks/survival.py --train 1000 --epochs 2 --seeds 1 --hosts resnet   # a look
     python benchmarks/survival.py --full --cache DIR --out FILE   # WRN-10-4, all attacks, a GPU
 """
@@ -32,10 +34,9 @@ import survival_tables
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
+from wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 from hf_watermark import OwnerKey, Scheme, demo
-from hf_watermark.checkpoint import Checkpoint, FolderFiles
-from hf_watermark.claims import locate_carriers, make_claim
 from hf_watermark.direct import embed_checkpoint
 from hf_watermark.embedding import WatermarkLoss
 from hf_watermark.errors import WatermarkError
@@ -51,6 +52,7 @@ SCHEMES: dict[str, Scheme | None] = {
     "uchida": Scheme(statistic="mean", embedding="bce"),
     "loss": Scheme(embedding="hinge"),
     "projection": Scheme(),
+    "sealed": Scheme(),  # what `WatermarkTrainer` does
     "closed form": None,  # its own default by size, written into the unmarked twin
 }
 # Beside the quick suite: what is known to win, or nearly.
@@ -63,6 +65,7 @@ SMALL: dict[str, Any] = {
     "attackers_images": 2_000,
     "attack_epochs": 4,
     "test_images": 2_000,
+    "size": 32,
     "device": "cpu",
 }
 FULL: dict[str, Any] = {
@@ -73,21 +76,22 @@ FULL: dict[str, Any] = {
     "attackers_images": 10_000,
     "attack_epochs": 10,
     "test_images": 10_000,
+    "size": 32,
     "device": "cuda",
 }
 # The figures depend on these; hosts, schemes, seeds and attacks only say which of them there are.
-SETTINGS = ("train", "epochs", "attackers_images", "attack_epochs", "test_images", "device")
+SETTINGS = (
+    "train", "epochs", "attackers_images", "attack_epochs", "test_images", "size", "device"
+)  # fmt: skip
+UNSEALED = ("wrn-10-4",)  # no disguise of these can be undone
 PEAKS = {"resnet": 2e-3, "resnet18": 2e-3, "wrn-10-4": 2e-3, "vit": 1e-3}  # AdamW, one cycle
 OF_PEAK = 0.1  # what the attackers' "1x" is
-_ROWS = 16
 
 Say = Callable[[str], None]
 
 
 def host(name: str) -> Any:
     if name == "wrn-10-4":
-        from wide_resnet import WideResNetConfig, WideResNetForImageClassification
-
         return WideResNetForImageClassification(WideResNetConfig(num_labels=10))
     if name == "resnet18":
         import students
@@ -99,10 +103,20 @@ def host(name: str) -> Any:
 def load(options: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     """The owner's images, the attackers', and those that nobody trains on."""
     counts = [options.train, options.attackers_images]
-    images, labels = (part.to(options.device) for part in embedding.load("train", sum(counts)))
-    test = (part.to(options.device) for part in embedding.load("test", options.test_images))
+    images, labels = _sized("train", sum(counts), options)
     owner, attackers = zip(images.split(counts), labels.split(counts), strict=True)
-    return {"owner": owner, "attackers": attackers, "test": tuple(test)}
+    return {
+        "owner": owner,
+        "attackers": attackers,
+        "test": _sized("test", options.test_images, options),
+    }
+
+
+def _sized(split: str, count: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    images, labels = embedding.load(split, count)
+    if options.size != images.shape[-1]:
+        images = nn.functional.interpolate(images, options.size, mode="area")
+    return images.to(options.device), labels.to(options.device)
 
 
 # Hosts --------------------------------------------------------------------------------------------
@@ -116,11 +130,13 @@ class Hosts:
 
     def get(self, name: str, scheme: str, seed: int) -> tuple[Path, dict[str, Any]]:
         """The model's folder, and what is known of it before any attack."""
-        twin, about_twin = self._made(name, "none", seed, lambda to: self._train(to, name, seed))
+        twin, about_twin = self.get_twin(name, seed)
         key = key_of(seed)
 
         def make(to: Path) -> dict[str, Any]:
-            if SCHEMES[scheme] is None:
+            if scheme == "sealed":
+                made = self._sealed(self.get(name, "projection", seed)[0], to, key)
+            elif SCHEMES[scheme] is None:
                 started = time.perf_counter()
                 embed_checkpoint(twin, key, to)
                 made = {"training_seconds": round(time.perf_counter() - started, 2)}
@@ -142,6 +158,10 @@ class Hosts:
             }
 
         return self._made(name, scheme, seed, make)
+
+    def get_twin(self, name: str, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The unmarked model's folder, and its accuracy."""
+        return self._made(name, "none", seed, lambda to: self._train(to, name, seed))
 
     def _made(
         self, name: str, scheme: str, seed: int, make: Callable[[Path], dict[str, Any]]
@@ -181,18 +201,22 @@ class Hosts:
         if watermark is not None:
             watermark.detach()
         seconds = round(time.perf_counter() - started, 2)
+        return {"training_seconds": seconds, **self._saved(model, watermark, to)}
+
+    def _sealed(self, folder: Path, to: Path, key: OwnerKey) -> dict[str, Any]:
+        """A model that was trained with the projected step, as Trainer would have ended it."""
+        model = self._loaded(folder)
+        watermark = WatermarkLoss(model, key)
+        if watermark.seal() is None:
+            raise SystemExit(f"{folder}: no seal")
+        watermark.release()
+        return self._saved(model, watermark, to)
+
+    def _saved(self, model: Any, watermark: WatermarkLoss | None, to: Path) -> dict[str, Any]:
         model.save_pretrained(to)
         if watermark is not None:
-            checkpoint = Checkpoint.open(FolderFiles(to))
-            rows = [
-                weight[:_ROWS].reshape(-1, carrier.columns).float().cpu().numpy()
-                for carrier, weight in zip(watermark.carriers, watermark.weights(), strict=True)
-            ]
-            names = locate_carriers(checkpoint, watermark.carriers, rows)
-            claim = make_claim(checkpoint, watermark.key, watermark.scheme, names)
-            (to / CLAIM_FILE).write_bytes(claim.public.to_bytes())
-        accuracy = embedding.accuracy(model, *self._data["test"])
-        return {"training_seconds": seconds, "accuracy": accuracy}
+            (to / CLAIM_FILE).write_bytes(watermark.claim(to).public.to_bytes())
+        return {"accuracy": embedding.accuracy(model, *self._data["test"])}
 
     def _loaded(self, folder: Path) -> nn.Module:
         model: nn.Module = Victim(folder).model.to(self._options.device)
@@ -287,6 +311,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--attackers-images", type=int)
     parser.add_argument("--attack-epochs", type=int)
     parser.add_argument("--test-images", type=int)
+    parser.add_argument("--size", type=int, help="Side of the images in pixels; 32 for the ViT.")
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="Keeps models and cells, to go on from.")
@@ -348,6 +373,7 @@ def main() -> None:
             for seed in range(options.seeds)
             for name in options.hosts
             for scheme in options.schemes
+            if scheme != "sealed" or name not in UNSEALED
         ]
         for name, scheme, seed in cells:
             label = f"{name}/{scheme}/{seed}"

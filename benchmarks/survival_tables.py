@@ -20,10 +20,11 @@ HOSTS = {
 SCHEMES = {
     "uchida": "Uchida's mean",
     "loss": "spread, by loss",
-    "projection": "spread, projected step",
+    "projection": "spread, projected step, no seal",
+    "sealed": "spread, projected step, sealed",
     "closed form": "spread, closed form",
 }
-_COLOURS = ("tab:red", "tab:olive", "tab:blue", "tab:green")
+_COLOURS = ("tab:red", "tab:olive", "tab:cyan", "tab:blue", "tab:green")
 # Of what every scheme survived, what people ask about.
 _ASKED = ("prune-80", "int4", "fine-tune-10x", "svd-half", "overwrite-10x", "average-sibling")
 _JUDGED = ("read", "unreadable")
@@ -125,7 +126,17 @@ def survival_short() -> str:
     return _short(Grid.of(load("survival")))
 
 
-SECTIONS = {"survival_before": before, "survival": survival, "survival_short": survival_short}
+def survival_wrn() -> str:
+    grid = Grid.of(load("survival_wrn"))
+    return f"{_before(grid)}\n\n{_survival(grid)}"
+
+
+SECTIONS = {
+    "survival_before": before,
+    "survival": survival,
+    "survival_short": survival_short,
+    "survival_wrn": survival_wrn,
+}
 
 
 def _before(grid: Grid) -> str:
@@ -149,8 +160,8 @@ def _before(grid: Grid) -> str:
                 rows.append(cells)
     said = grid.record["settings"]
     text = paragraph(
-        f"CIFAR-10: every host learns {said['train']:,} images for {said['epochs']} epochs (AdamW, "
-        "one cycle), its twin the same in the same order. Accuracy is that on "
+        f"CIFAR-10{_size(said)}: every host learns {said['train']:,} images for {said['epochs']} "
+        "epochs (AdamW, one cycle), its twin the same in the same order. Accuracy is that on "
         f"{said['test_images']:,} other images; its standard error is about "
         f"{100 * (0.24 / said['test_images']) ** 0.5:.1f} points. BER and log10 p are the worst of "
         "the runs, those of the twins, read with the same key and claim, the least that chance "
@@ -237,13 +248,17 @@ def _conditions(grid: Grid) -> str:
         for host in grid.hosts
     )
     return (
-        f"Small hosts trained on {said['train']:,} images of CIFAR-10, runs of every scheme, each "
-        f"with its own seed and key: {', '.join(counts)}. The attacker has "
+        f"Small hosts trained on {said['train']:,} images of CIFAR-10{_size(said)}, runs of every "
+        f"scheme, each with its own seed and key: {', '.join(counts)}. The attacker has "
         f"{said['attackers_images']:,} images that no host was trained on, fine-tunes for "
         f"{said['attack_epochs']} epochs of AdamW at {rates} (1x, a tenth of the owner's peak) or "
         f"ten times that; accuracy is that on {said['test_images']:,} others "
         "(`benchmarks/survival.py`)."
     )
+
+
+def _size(said: dict[str, Any]) -> str:
+    return "" if said["size"] == 32 else f" at {said['size']} pixels"
 
 
 def _key(grid: Grid) -> str:
@@ -283,7 +298,9 @@ def write_page(record: dict[str, Any], folder: Path) -> None:
 
 def pictures(folder: Path) -> None:
     """Every run of every attack: how far the mark's p-value lies from chance."""
-    _picture(Grid.of(load("survival")), folder / "survival.png")
+    record, wrn = load("survival"), load("survival_wrn")
+    results = {**record["results"], **wrn["results"]}
+    _picture(Grid.of({**record, "results": results}), folder / "survival.png")
 
 
 def _picture(grid: Grid, path: Path) -> None:
@@ -311,7 +328,7 @@ def _picture(grid: Grid, path: Path) -> None:
                 axes.axhspan(place - 0.5, place + 0.5, color="0.5", alpha=0.07, lw=0)
             for number, scheme in enumerate(grid.schemes):
                 colour = _COLOURS[list(SCHEMES).index(scheme)]
-                height = place + 0.2 * (number - (len(grid.schemes) - 1) / 2)
+                height = place + 0.7 * ((number + 0.5) / len(grid.schemes) - 0.5)
                 for cell in grid.cells(name, scheme, [host]):
                     worth = cell["lost"] < 0.05
                     axes.scatter(

@@ -11,10 +11,10 @@ import math
 import re
 import statistics
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
+import attack_tables
 import soft_tables
 import survival_tables
 import uchida_tables
@@ -232,71 +232,6 @@ def tracing() -> str:
     return "\n".join(lines)
 
 
-def stress_demo() -> str:
-    record = json.loads((RESULTS / "stress_demo.json").read_text())
-    runs, settings = record["results"], record["settings"]
-    trained, closed = runs["trained"], runs["closed form"]
-    head = ("attack", "accuracy lost, points", "trained mark: log10 p", "in closed form: log10 p")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines.append(f"| none | | {_survival(trained['before'])} | {_survival(closed['before'])} |")
-    for name, row in trained["results"].items():
-        other = closed["results"][name]
-        if row["lost"] is None:
-            continue
-        lost = sorted({f"{100 * one['lost']:+.1f}" for one in (row, other)}, key=float)
-        cells = (name, " and ".join(lost), _survival(row), _survival(other))
-        lines.append(f"| {' | '.join(cells)} |")
-    said = trained["settings"]
-    before = " and ".join(f"{100 * run['before']['accuracy']:.1f}%" for run in (trained, closed))
-    removed = [", ".join(run["removed_by"]) or "nothing" for run in (trained, closed)]
-    skipped = [name for name, row in trained["results"].items() if row["lost"] is None]
-    text = (
-        f"The {settings['suite']} suite on the demo's ViT (accuracy {before} before, on "
-        f"{said['test_images']} images), one seed. The attacker has the "
-        f"{said['attackers_images']} images that the owner fine-tuned on; fine-tuning at 1x is "
-        f"{said['epochs']} epochs at the owner's own rate. The second mark was added in closed "
-        "form, with another key, to the model that was trained with the first; aligned, the first "
-        f"is read by its seal. The trained mark was removed by {removed[0]}; the one in closed "
-        f"form by {removed[1]} (`benchmarks/stress_demo.py`)."
-    )
-    if skipped:
-        text += f" Not applicable here: {', '.join(skipped)}."
-    return "\n".join([*lines, "", *textwrap.wrap(text, 100, break_on_hyphens=False)])
-
-
-def aligned() -> str:
-    record = json.loads((RESULTS / "aligned.json").read_text())
-    named = {"basic": "ResNet", "ViT": "ViT", "ConvNext": "ConvNeXt", "Swin": "Swin"}
-    head = ("in every disguise at once, then", "accuracy, %", "raw: log10 p", "aligned: log10 p")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in record["survival"]:
-        own, left = (100 * row[name] for name in ("accuracy_of_the_owner", "accuracy"))
-        cells = (f"{named[row['host']]}: {row['copy']}", f"{own:.1f} to {left:.1f}")
-        cells += tuple(f"{row[how]['log10_p']:.1f}" for how in ("raw", "aligned"))
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "Does looking for an alignment favour a key?"
-    for row in record["null"]:
-        wrong, seals = row["wrong_keys"], row["seals_own_keys"]["unrelated"]
-        text += (
-            f" {named[row['host']]}: {row['keys']:,} wrong keys on each of {row['models']} models, "
-            f"random and trained, {100 * wrong['rate_at_1e-3']:.2f}% at a limit of .1%, "
-            f"Kolmogorov-Smirnov p {wrong['ks_p']:.2g}; the seals of {row['owners']} owners on "
-            f"models that never saw them, {seals['count']} readings, largest "
-            f"{seals['largest']:.1f} standard deviations, p {seals['ks_p']:.2g}."
-        )
-    text += " Small models of digits, marks in closed form (`benchmarks/aligned.py`)."
-    return "\n".join([*lines, "", *textwrap.wrap(text, 100, break_on_hyphens=False)])
-
-
-def _survival(row: dict[str, Any]) -> str:
-    p = "unreadable" if row["log10_p"] is None else f"{math.ceil(10 * row['log10_p']) / 10 + 0:.1f}"
-    if row.get("removed"):
-        return f"**removed** ({p})"
-    if row.get("found") is False:
-        return f"lost with the accuracy ({p})"
-    return p if row["reading"] == "raw" else f"{p}, {row['reading']}"
-
-
 def transcript(name: str) -> str:
     text = (RESULTS / f"{name}.txt").read_text().rstrip()
     return f"```text\n{text}\n```"
@@ -310,8 +245,7 @@ SECTIONS = {
     "embedding_choice": embedding_choice,
     "overhead": overhead,
     "architectures": architectures,
-    "stress_demo": stress_demo,
-    "aligned": aligned,
+    **attack_tables.SECTIONS,
     "verify_cost": verify_cost,
     "tracing": tracing,
     **survival_tables.SECTIONS,

@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import embedding
+import reinit
 import survival
 import survival_tables
 
@@ -58,6 +59,40 @@ def test_a_run_goes_on_and_is_shown(run, tmp_path, monkeypatch):
     assert "| permutation | +0.0 | 0.0 † 1/1 | -" in page
     assert "- spread, closed form: removed by nothing." in page
     assert (tmp_path / "page" / "survival.png").stat().st_size > 10_000
+
+
+def test_a_sealed_model_is_the_trained_one_with_a_seal(run):
+    record = run("--schemes", "projection", "sealed", "--attacks", "permutation")
+    trained, sealed = (record["results"][f"resnet/{s}/0"] for s in ("projection", "sealed"))
+    assert "training_seconds" not in sealed  # nothing was trained again
+    assert sealed["found"]
+    assert trained["cells"]["permutation"]["removed"]
+    assert sealed["cells"]["permutation"]["reading"].startswith("aligned")
+    assert sealed["cells"]["permutation"]["found"]
+
+
+def test_layers_drawn_anew(run, tmp_path, monkeypatch):
+    sizes = {"train": 256, "epochs": 1, "attackers_images": 32, "test_images": 40}
+    monkeypatch.setattr(survival, "SMALL", {**survival.SMALL, **sizes})
+    monkeypatch.setattr(reinit, "RECIPES", {"1x": (1.0, 1)})
+    line = ["reinit.py", "--hosts", "resnet", "--seeds", "1", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", line)
+    reinit.main()
+    marks = json.loads((tmp_path / "out.json").read_text())["results"]["resnet/0"]["marks"]
+    assert (marks["default"]["carriers"], marks["every layer"]["carriers"]) == (3, 8)
+    left = {
+        (mark, redrawn): cells["1x"]
+        for mark, row in marks.items()
+        for redrawn, cells in row["redrawn"].items()
+    }
+    found = {case: cell["found"] for case, cell in left.items()}
+    assert found == {
+        ("default", "none"): True,
+        ("default", "default"): False,
+        ("every layer", "default"): True,
+        ("every layer", "every layer"): False,
+    }
+    assert [cell["layers"] for cell in left.values()] == [0, 3, 3, 8]
 
 
 def test_cells_of_a_table():
