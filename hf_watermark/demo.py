@@ -7,12 +7,13 @@ own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def run(folder: Path, seeds: int, say: Say) -> str:
     say("1/5  Digits: 1,797 real images of hand-written digits, through datasets")
     base_data, train, test = _digits()
     say(f"     {len(base_data)} to pretrain, {len(train)} to fine-tune, {len(test)} to test")
-    with LoopbackHub(folder / "hub") as hub, hub.in_process():
+    with _one_thread(), LoopbackHub(folder / "hub") as hub, hub.in_process():
         say("2/5  A base model: a small ViT, trained without a mark")
         _train(_vit(), base_data, test, folder / "base", seed=0, epochs=_BASE_EPOCHS, save=True)
         key = OwnerKey.generate(owner="demo")
@@ -94,6 +95,19 @@ def _prepare(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / _MARKER).touch()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: more hardly gain on idle cores, and wait for each other on busy ones."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quiet() -> None:
