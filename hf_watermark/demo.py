@@ -99,7 +99,7 @@ def _prepare(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for torch: more hardly gain on idle cores, and wait for each other on busy ones."""
+    """One thread for torch: more gain little on idle cores, and wait for each other on busy."""
     import torch
 
     before = torch.get_num_threads()
