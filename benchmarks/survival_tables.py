@@ -128,7 +128,13 @@ def survival_short() -> str:
 
 def survival_wrn() -> str:
     grid = Grid.of(load("survival_wrn"))
-    return f"{_before(grid)}\n\n{_survival(grid)}"
+    rates = {
+        name: max(cell["ber"] for cell in grid.cells(name, "uchida", grid.hosts))
+        for name in ("prune-65", "prune-80", "prune-95")
+    }
+    text = "Bit error rates of Uchida's mean after pruning, largest of the runs: "
+    text += ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
+    return f"{_before(grid)}\n\n{_survival(grid)}\n\n{paragraph(text + '.')}"
 
 
 SECTIONS = {
