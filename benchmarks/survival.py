@@ -19,6 +19,7 @@ hosts, schemes, seeds or attacks are added to what --out holds. Other settings a
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -34,7 +35,6 @@ import survival_tables
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
-from wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 from hf_watermark import OwnerKey, Scheme, demo
 from hf_watermark.direct import embed_checkpoint
@@ -92,6 +92,8 @@ Say = Callable[[str], None]
 
 def host(name: str) -> Any:
     if name == "wrn-10-4":
+        from wide_resnet import WideResNetConfig, WideResNetForImageClassification
+
         return WideResNetForImageClassification(WideResNetConfig(num_labels=10))
     if name == "resnet18":
         import students
@@ -362,6 +364,8 @@ def main() -> None:
         if options.out is not None:
             write(options.out, record)
 
+    if "wrn-10-4" in options.hosts:
+        importlib.import_module("wide_resnet")  # its saved models are opened by the auto classes
     data = load(options)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
