@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from page_parts import load, paragraph, table
+import survival_tables
+from page_parts import load, paragraph, rounded_up, table
 
 from hf_watermark.stress import attacks_of
 
 HOSTS = {"basic": "ResNet", "ViT": "ViT", "ConvNext": "ConvNeXt", "Swin": "Swin"}
-REDRAWN_HOSTS = {"resnet": "ResNet", "vit": "ViT"}
+REDRAWN_HOSTS = ("resnet", "vit")
 
 
 def stress_demo() -> str:
@@ -109,14 +109,14 @@ def reinit() -> str:
     head = ("host", "drawn anew", "layers", "points lost")
     head += ("mark in the default carriers: log10 p", "in every layer: log10 p")
     rows = []
-    for host, named in REDRAWN_HOSTS.items():
+    for host in REDRAWN_HOSTS:
         runs = [row["marks"] for name, row in record["results"].items() if name.startswith(host)]
         for redrawn in ("none", "default", "every layer"):
             marked = {mark: _best(runs, mark, redrawn) for mark in ("default", "every layer")}
             shown = marked["every layer"] or marked["default"]
             rows.append(
                 (
-                    named,
+                    survival_tables.HOSTS[host],
                     redrawn.replace("default", "default carriers").replace("none", "nothing"),
                     f"{shown[0]['layers']}",
                     ", ".join(f"{100 * one['lost']:+.1f}" for one in shown),
@@ -148,20 +148,16 @@ def _best(runs: list[Any], mark: str, redrawn: str) -> list[dict[str, Any]]:
 
 
 def _worst(found: list[dict[str, Any]]) -> str:
-    return _up(max(one["log10_p"] for one in found)) if found else ""
+    return rounded_up(max(one["log10_p"] for one in found)) if found else ""
 
 
 def _outcome(row: dict[str, Any]) -> str:
-    told = "unreadable" if row["log10_p"] is None else f"{_up(row['log10_p'])}"
+    told = "unreadable" if row["log10_p"] is None else f"{rounded_up(row['log10_p'])}"
     if row.get("removed"):
         return f"**removed** ({told})"
     if row.get("found") is False:
         return f"lost with the accuracy ({told})"
     return told if row["reading"] == "raw" else f"{told}, {row['reading']}"
-
-
-def _up(log10_p: float) -> str:
-    return f"{math.ceil(10 * log10_p) / 10 + 0:.1f}"
 
 
 SECTIONS = {

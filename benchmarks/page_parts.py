@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,11 @@ def load(name: str) -> dict[str, Any]:
     """A record, by the name of its file."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
+
+
+def rounded_up(log10_p: float) -> str:
+    """One decimal, never flattering."""
+    return f"{math.ceil(10 * log10_p) / 10 + 0:.1f}"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from page_parts import load, paragraph, table
+from page_parts import load, paragraph, rounded_up, table
 
 HOSTS = {
     "resnet": "ResNet",
@@ -160,8 +160,8 @@ def _before(grid: Grid) -> str:
                     ", ".join(f"{100 * one['accuracy']:.1f}" for one in models),
                     ", ".join(f"{100 * one['accuracy_unmarked']:.1f}" for one in models),
                     f"{max(one['ber'] for one in models):g}",
-                    f"{_up(max(one['log10_p'] for one in models))}",
-                    f"{_up(min(one['twin_log10_p'] for one in models))}",
+                    f"{rounded_up(max(one['log10_p'] for one in models))}",
+                    f"{rounded_up(min(one['twin_log10_p'] for one in models))}",
                 )
                 rows.append(cells)
     said = grid.record["settings"]
@@ -231,7 +231,7 @@ def _cell(cells: list[dict[str, Any]]) -> str:
     if not cells:
         return ""
     unreadable = any(cell["log10_p"] is None for cell in cells)
-    text = "unreadable" if unreadable else _up(max(cell["log10_p"] for cell in cells))
+    text = "unreadable" if unreadable else rounded_up(max(cell["log10_p"] for cell in cells))
     if any(str(cell["reading"]).startswith("aligned") and cell["found"] for cell in cells):
         text += ", aligned"
     for sign, count in (
@@ -284,10 +284,6 @@ def _failures(grid: Grid, scheme: str, hosts: list[str]) -> str:
     if absent:
         text += f" Not there before any attack in {absent} runs, which are left out."
     return textwrap.fill(text, 98, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _up(log10_p: float) -> str:
-    return f"{math.ceil(10 * log10_p) / 10 + 0:.1f}"
 
 
 # A page and a picture -----------------------------------------------------------------------------

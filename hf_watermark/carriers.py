@@ -80,11 +80,18 @@ def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
     return (*key, (-1, name))  # `layer.1` and `layer.01` differ here alone
 
 
-def _is_candidate(name: str, shape: Shape) -> bool:
+def _is_matrix(name: str, shape: Shape) -> bool:
+    """A convolution's or a linear layer's weight; no bias in disguise, nothing depthwise."""
     if len(shape) not in (2, 3, 4, 5) or not _MATRIX.fullmatch(name):
         return False
-    if min(shape[0], math.prod(shape[1:])) < _MIN_SIDE or (len(shape) > 2 and shape[1] == 1):
-        return False  # biases in disguise, and depthwise convolutions
+    return min(shape[0], math.prod(shape[1:])) >= _MIN_SIDE and not (
+        len(shape) > 2 and shape[1] == 1
+    )
+
+
+def _is_candidate(name: str, shape: Shape) -> bool:
+    if not _is_matrix(name, shape):
+        return False
     parts = name.lower().split(".")
     words = {word for part in parts for word in part.split("_")}
     return words.isdisjoint(_EXCLUDED) and _EXCLUDED_PARTS.isdisjoint(parts)
@@ -153,20 +160,15 @@ def matching(shapes: Mapping[str, Shape], patterns: Sequence[str]) -> list[str]:
     Raises:
         CarrierMissingError: If a pattern matches no convolution and no linear layer.
     """
-    names: dict[str, None] = {}
+    names: list[str] = []
     for pattern in patterns:
         if not _WILD.search(pattern):
-            if pattern in names:
-                raise CarrierError("Carriers must be named, each once", got=repr(pattern)[:120])
-            names[pattern] = None
+            names.append(pattern)
             continue
         found = [
             name
             for name, shape in shapes.items()
-            if fnmatch.fnmatchcase(name, pattern)
-            and _MATRIX.fullmatch(name)
-            and len(shape) > 1
-            and min(shape[0], math.prod(shape[1:])) >= _MIN_SIDE
+            if fnmatch.fnmatchcase(name, pattern) and _is_matrix(name, shape)
         ]
         if not found:
             raise CarrierMissingError(
@@ -175,8 +177,8 @@ def matching(shapes: Mapping[str, Shape], patterns: Sequence[str]) -> list[str]:
                 got=f"{len(shapes)} tensors of other names",
                 do="check the pattern against model.named_parameters()",
             )
-        names |= dict.fromkeys(sorted(found, key=natural_order))
-    return list(names)
+        names += [name for name in sorted(found, key=natural_order) if name not in names]
+    return names
 
 
 def named_carriers(shapes: Mapping[str, Shape], names: Sequence[str]) -> tuple[Carrier, ...]:

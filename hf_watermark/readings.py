@@ -24,7 +24,7 @@ from hf_watermark.extraction import Extraction, Reading
 from hf_watermark.projections import Projection
 from hf_watermark.significance import corrected
 
-__all__ = ["Align", "Finding", "Plan", "read_suspect"]
+__all__ = ["Finding", "Plan", "read_suspect"]
 
 Shape = tuple[int, ...]
 Assignment = Mapping[int, str]

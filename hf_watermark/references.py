@@ -122,6 +122,11 @@ class Aligner:
         self._digests: dict[str, str] = {}
         self._arrays: dict[str, npt.NDArray[np.float32]] = {}
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Of the carriers that the claim fixed something to compare by."""
+        return tuple(i for i, claimed in enumerate(self._claim.carriers) if claimed.reference)
+
     def carrier(self, position: int) -> tuple[str, npt.NDArray[np.float32]]:
         """The suspect's layer in place of a carrier.
 

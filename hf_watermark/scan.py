@@ -23,8 +23,8 @@ from hf_watermark.extraction import Extraction, Rows
 from hf_watermark.found_claims import find_claim, usable_claim
 from hf_watermark.key import OwnerKey
 from hf_watermark.projections import Doubles, Floats, Projection
-from hf_watermark.readings import Align, Plan
-from hf_watermark.references import aligner_of
+from hf_watermark.readings import Plan
+from hf_watermark.references import Aligner, aligner_of
 from hf_watermark.safetensors_ranges import quoted
 from hf_watermark.scheme import Scheme
 from hf_watermark.significance import corrected, log10_normal_tail
@@ -137,22 +137,16 @@ def trace(
     )
     scheme, carriers = what_to_read(checkpoint, found)
     aligner, note = None, ""
-    aligned: tuple[int, ...] = ()
     if align == "auto":
         aligner, note = aligner_of(checkpoint, key.for_recipient(recipients[0]), found, claim)
-    if aligner is not None and found is not None:
-        aligned = tuple(i for i, one in enumerate(found.claim.carriers) if one.reference)
-    undo = None if aligner is None else aligner.carrier
-    lineup = Lineup(checkpoint, key, recipients, scheme, carriers, aligned, undo)
+    lineup = Lineup(checkpoint, key, recipients, scheme, carriers, aligner)
     best = np.full(len(recipients), math.inf)
-    reading = "raw"
     with one_thread(), contextlib.ExitStack() as stack:
         pool = executor or stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
         for softs in lineup.looks(pool, progress):
             tails = [corrected(log10_normal_tail(soft), lineup.tries) for soft in softs]
             best = np.minimum(best, tails)
             if best.min() <= math.log10(alpha):
-                reading = "aligned" if lineup.is_aligned else "raw"
                 break
     order = np.argsort(best, kind="stable")
     named = best[order[0]] <= math.log10(alpha)
@@ -165,7 +159,7 @@ def trace(
         log10_p=float(best[order[0]]),
         alpha=alpha,
         tries=lineup.tries,
-        reading=reading,
+        reading="aligned" if named and lineup.is_aligned else "raw",
         runner_up_log10_p=float(best[order[1]]) if len(order) > 1 else None,
         bytes_read=sum(one.bytes_read for one in sources.values()),
         seconds=time.perf_counter() - started,
@@ -182,8 +176,7 @@ class Lineup:
         recipients: Names.
         scheme: By which copies were marked.
         carriers: In which tensors.
-        aligned: Positions of those that are read once more, at a last look, with disguises undone.
-        align: Gives their weights then.
+        aligner: What undoes disguises, for one more look at the carriers that it can align.
 
     Raises:
         SchemeError: If bits decide in the scheme, or the suspect has none of the carriers under
@@ -197,9 +190,9 @@ class Lineup:
         recipients: Sequence[str],
         scheme: Scheme,
         carriers: Sequence[Carrier],
-        aligned: Sequence[int] = (),
-        align: Align | None = None,
+        aligner: Aligner | None = None,
     ) -> None:
+        aligned = () if aligner is None else aligner.positions
         plan = Plan.make(carriers, checkpoint.shapes(), progressive=False, aligned=aligned)
         if scheme.decides != "soft" or not (plan.assignments or aligned):
             raise SchemeError("Recipients are traced by the soft statistic in whole models only")
@@ -209,7 +202,7 @@ class Lineup:
         self._carriers = plan.carriers
         self._names = dict(plan.assignments[0]) if plan.assignments else {}
         self._looks = _looks(plan.carriers, self._names)
-        self._aligned, self._align = tuple(aligned), align
+        self._aligner, self._aligned = aligner, aligned
         self.is_aligned = False  # whether the look that was yielded last is
         self.note = ""  # why carriers could not be aligned
 
@@ -251,23 +244,39 @@ class Lineup:
                         held[i] = w
                 done += len(self._keys)
             yield _soft(totals)
-        if self._align is not None and self._aligned:
-            totals = np.zeros((len(self._keys), 2))
-            problem: AlignmentError | None = None
-            for i in self._aligned:
-                try:
-                    _, w = self._align(i)
-                except AlignmentError as error:
-                    problem = problem or error
-                else:
-                    totals += self._judged(i, w, pool, progress, done, planned)
-                done += len(self._keys)
-            if problem is not None:
-                if not self._looks and not totals.any():
-                    raise problem
-                self.note = str(problem)
+        if self._aligner is not None:
+            totals = self._undisguised(self._aligner, pool, progress, done, planned)
             self.is_aligned = True
             yield _soft(totals)
+
+    def _undisguised(
+        self,
+        aligner: Aligner,
+        pool: Executor,
+        progress: Progress | None,
+        done: int,
+        planned: int,
+    ) -> Doubles:
+        """All recipients' sums in the aligned carriers; those that cannot be aligned add nothing.
+
+        Raises:
+            AlignmentError: If none can, and nothing else was there to read.
+        """
+        totals = np.zeros((len(self._keys), 2))
+        problem: AlignmentError | None = None
+        for i in self._aligned:
+            try:
+                _, w = aligner.carrier(i)
+            except AlignmentError as error:
+                problem = problem or error
+            else:
+                totals += self._judged(i, w, pool, progress, done, planned)
+            done += len(self._keys)
+        if problem is not None:
+            if not self._looks and not totals.any():
+                raise problem
+            self.note = str(problem)
+        return totals
 
     def _judged(
         self,

@@ -281,9 +281,7 @@ def _read(
 ) -> tuple[dict[str, Any], str]:
     scheme, carriers = what_to_read(checkpoint, found)
     progressive = read == "auto" and scheme.statistic == "spread"
-    aligned: tuple[int, ...] = ()
-    if aligner is not None and found is not None:
-        aligned = tuple(i for i, one in enumerate(found.claim.carriers) if one.reference)
+    aligned = () if aligner is None else aligner.positions
     shapes = checkpoint.shapes()
     plan = Plan.make(carriers, shapes, progressive=progressive, aligned=aligned)
     projection = Projection(key, scheme, carriers)

@@ -11,7 +11,7 @@ import torch
 from disguised_models import DISGUISES, Model, carriers_of, marked, model, save
 from disguises import disturbed
 from marked_models import KEY, LAYERS, THIEF, evidence_of, push, refused, run, save_model, vit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf_watermark import Claim
 from hf_watermark.checkpoint import Checkpoint
@@ -408,3 +408,21 @@ def outcome(suspect, claim, **options) -> tuple[str, str]:
     except CarrierError as error:
         return "refused", str(error)
     return evidence.verdict, " ".join(evidence.notes)
+
+
+def test_two_keys_stand_what_either_is_lost_to(tmp_path):
+    """One mark in the default carriers, one by another key in every layer, kept secret."""
+    owner = marked("ViT")
+    both = embed_checkpoint(owner.folder, THIEF, tmp_path / "both", carriers=["*.layer.*.weight"])
+    tensors = load_file(both.folder / "model.safetensors")
+    disguised = save(tmp_path / "disguised", DISGUISES["ViT"]["all"](tensors), owner.config)
+    evidence = verify_hub_model(disguised, KEY, claim=owner.folder)
+    assert (evidence.verdict, evidence.reading[:7]) == ("found", "aligned")
+    random = torch.Generator().manual_seed(0)
+    anew = {
+        carrier.name: torch.randn(carrier.shape, generator=random) * tensors[carrier.name].std()
+        for carrier in carriers_of(tensors)
+    }
+    redrawn = save(tmp_path / "redrawn", tensors | anew, owner.config)
+    assert not verify_hub_model(redrawn, KEY, claim=owner.folder).found
+    assert verify_hub_model(redrawn, THIEF, claim=both.claim).found

@@ -228,8 +228,7 @@ class TestDisguised:
         aligner, _ = aligner_of(checkpoint, KEY, found, marked("ViT").folder)
         carriers = tuple(claimed.carrier for claimed in found.claim.carriers)
         scheme = Scheme.from_name(found.claim.scheme)
-        places = range(len(carriers))
-        line = Lineup(checkpoint, KEY, names, scheme, carriers, places, aligner.carrier)
+        line = Lineup(checkpoint, KEY, names, scheme, carriers, aligner)
         with ThreadPoolExecutor(2) as pool:
             *raw, aligned = line.looks(pool)
         assert line.is_aligned

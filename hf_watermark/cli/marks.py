@@ -12,6 +12,7 @@ from hf_watermark.cli.terminal import (
     CONTEXT,
     FOUND,
     NOT_FOUND,
+    align_option,
     echo_json,
     format_options,
     load_key,
@@ -174,13 +175,7 @@ def _tell(done: Embedded, where: str, form: str) -> None:
 )
 @click.option("--claim", metavar="FILE|REPO", help="The owner's claim.")
 @click.option("--alpha", type=float, default=1e-6, show_default=True, metavar="A")
-@click.option(
-    "--align",
-    type=click.Choice(["auto", "never"]),
-    default="auto",
-    show_default=True,
-    help="Undo disguises if the raw weights name nobody; needs the original's --claim.",
-)
+@align_option
 @click.option("--revision", metavar="R", help="Branch, tag or commit.")
 @click.option("--token", metavar="T", help="A token for private repos.")
 @format_options

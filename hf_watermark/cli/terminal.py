@@ -26,6 +26,7 @@ __all__ = [
     "NOT_CHECKED",
     "NOT_FOUND",
     "PASSPHRASE",
+    "align_option",
     "echo_json",
     "format_options",
     "load_key",
@@ -94,6 +95,18 @@ def format_options(command: _Command) -> _Command:
         show_default=True,
     )
     return choice(short(command))
+
+
+def align_option(command: _Command) -> _Command:
+    """`--align auto|never`."""
+    return click.option(
+        "--align",
+        type=click.Choice(["auto", "never"]),
+        default="auto",
+        show_default=True,
+        help="Undo disguises if the raw reading fails; needs the owner's repo or folder as "
+        "--claim.",
+    )(command)
 
 
 def load_key(path: str) -> OwnerKey:

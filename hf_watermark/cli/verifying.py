@@ -11,6 +11,7 @@ from hf_watermark.cli.terminal import (
     CONTEXT,
     FOUND,
     NOT_FOUND,
+    align_option,
     echo_json,
     format_options,
     load_key,
@@ -54,13 +55,7 @@ Example:
     "--claim", metavar="FILE|REPO", help="The owner's claim: a file, or the owner's repo."
 )
 @click.option("--recipient", metavar="NAME", help="Look for the copy that was handed to NAME.")
-@click.option(
-    "--align",
-    type=click.Choice(["auto", "never"]),
-    default="auto",
-    show_default=True,
-    help="Undo disguises if the raw reading fails; needs the owner's repo or folder as --claim.",
-)
+@align_option
 @click.option(
     "--read",
     type=click.Choice(["auto", "all"]),
